@@ -1,0 +1,123 @@
+"""Run, check and publish the notebooks: `python tests/notebooks.py run|check|readme [notebook ...]`.
+
+`run` executes notebooks in fresh kernels and saves them with their outputs, `check` lists what is wrong with the
+committed ones, `readme` writes README.md from nbs/index.ipynb.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
+STATIC = {"STREAMR1_STATIC": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONWARNINGS": "ignore",
+          "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+NOISE = {"absolute path": r"(?<![\w.:/])/(?:home|root|tmp|usr|work|mnt|Users|var)/|[A-Z]:\\\\",
+         "timing": r"\b\d+(?:\.\d+)?\s?(?:ms|µs|us|seconds|it/s|s/it)\b|Wall time|CPU times",
+         "warning": r"Warning\b|\bDeprecat", "progress bar": r"\d+%\|",
+         "widget without a kernel": r"application/vnd\.jupyter\.widget-view"}
+
+
+def notebooks(names: list[str] = ()) -> list[Path]:
+    """The notebooks called `names` (stems), or all of them, in chapter order: conventions first, index last."""
+    order = lambda p: (p.stem != "conventions", p.stem == "cli", p.stem == "index", p.stem)
+    found = sorted(NBS.glob("[!_]*.ipynb"), key=order)
+    if unknown := set(names) - {p.stem for p in found}:
+        raise SystemExit(f"no such notebook: {', '.join(sorted(unknown))}; there are {', '.join(p.stem for p in found)}")
+    return [p for p in found if not names or p.stem in names]
+
+
+def fingerprint(nb: nbformat.NotebookNode) -> str:
+    """Hash of all code cells in their order: `run` stores it, so that outputs can be told to be those of this code."""
+    return hashlib.sha256(json.dumps([c.source for c in nb.cells if c.cell_type == "code"]).encode()).hexdigest()[:16]
+
+
+def execute(path: Path) -> nbformat.NotebookNode:
+    """Run a notebook from top to bottom in a fresh kernel, in its own folder, and return it with its outputs."""
+    nb = nbformat.read(path, as_version=4)
+    env = {**os.environ, **STATIC}
+    client = NotebookClient(nb, timeout=600, kernel_name="python3", store_widget_state=False,
+                            resources={"metadata": {"path": str(NBS)}})
+    client.execute(env=env)
+    nb.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}, "executed": fingerprint(nb)}
+    return nb
+
+
+def output_kinds(nb: nbformat.NotebookNode) -> list[list[str]]:
+    """What each code cell put out: stream names and MIME types, in order."""
+    kind = lambda o: o.name if o.output_type == "stream" else "+".join(sorted(o.get("data", {"error": 0})))
+    return [[kind(o) for o in c.outputs] for c in nb.cells if c.cell_type == "code"]
+
+
+def problems(path: Path) -> list[str]:
+    """What is wrong with a committed notebook, one sentence each; empty if nothing is."""
+    nb, found = nbformat.read(path, as_version=4), []
+    if nb.metadata.get("executed") != fingerprint(nb):
+        found.append("its outputs are not those of its code, run in order from a fresh kernel (make notebooks)")
+    for i, cell in enumerate(nb.cells):
+        for output in cell.get("outputs", []):
+            if output.output_type == "error" or output.get("name") == "stderr":
+                found.append(f"cell {i} holds an error or wrote to stderr")
+            data = {k: v for k, v in output.get("data", {}).items() if not k.startswith("image/")}
+            text = json.dumps([output.get("text", ""), data], ensure_ascii=False)
+            found += [f"cell {i} holds a {name}: {hit[0]!r}" for name, pattern in NOISE.items() if (hit := re.search(pattern, text))]
+    if len(json.dumps(nb)) > 1_500_000:
+        found.append(f"it is larger than 1.5 MB ({len(json.dumps(nb)) / 1e6:.1f} MB)")
+    return found
+
+
+def teaching(path: Path) -> dict:
+    """Measures of a chapter: words of prose, median lines of a code cell, exported definitions, and those with no test behind them."""
+    cells = nbformat.read(path, as_version=4).cells
+    code = [c.source for c in cells if c.cell_type == "code" and c.source.strip()]
+    names = lambda source: re.findall(r"^(?:def|class) ([A-Za-z]\w*)", source, re.M)
+    tests = lambda source: "#| export" not in source and re.search(r"\btest_|\bassert\b", source)
+    exported, untested = [], []
+    for i, source in enumerate(code):
+        if "#| export" in source:
+            exported += names(source)
+            if not any(map(tests, code[i + 1:i + 4])):
+                untested += names(source)
+    lines = sorted(len([x for x in s.splitlines() if x.strip() and not x.startswith("#|")]) for s in code)
+    return {"notebook": path.stem, "words": sum(len(c.source.split()) for c in cells if c.cell_type == "markdown"),
+            "median_cell": lines[len(lines) // 2], "longest_cell": lines[-1], "exported": len(exported), "untested": untested}
+
+
+def readme() -> str:
+    """README.md as it follows from nbs/index.ipynb: its prose and outputs as Markdown, links seen from the top folder."""
+    from nbconvert import MarkdownExporter
+
+    nb = nbformat.read(NBS / "index.ipynb", as_version=4)
+    nb.cells = [c for c in nb.cells if not c.source.startswith("#|")]
+    body, _ = MarkdownExporter().from_notebook_node(nb)
+    body = re.sub(r"\]\(\.\./", "](", re.sub(r"\]\((\w+\.ipynb)", r"](nbs/\1", body)).replace('src="../', 'src="')
+    return re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
+
+
+def main(command: str = "check", *names: str) -> None:
+    paths = notebooks(list(names))
+    if command == "run":
+        for path in paths:
+            print("running", path.name, flush=True)
+            nbformat.write(execute(path), path)
+    elif command == "readme":
+        (ROOT / "README.md").write_text(readme(), encoding="utf-8")
+    elif command == "check":
+        wrong = [f"{path.name}: {problem}" for path in paths for problem in problems(path)]
+        print(f"{'notebook':24}{'words':>7}{'median cell':>13}{'longest':>9}{'exported':>10}  untested")
+        for row in map(teaching, paths):
+            print(f"{row['notebook']:24}{row['words']:7}{row['median_cell']:13}{row['longest_cell']:9}{row['exported']:10}  {', '.join(row['untested']) or 0}")
+        raise SystemExit("\n".join(wrong))
+    else:
+        raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
