@@ -1,0 +1,49 @@
+# make demo   sample the shipped teacher: an MP4 and a picture in demo/
+# make test   everything that CI checks: export, clean notebooks, every notebook in a fresh kernel, pytest
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: demo test bench notebooks export check readme teacher lock clean
+
+demo: .venv/installed
+	.venv/bin/streamr1 demo
+
+test: .venv/installed
+	$(PY) -m pytest tests
+
+bench: .venv/installed
+	.venv/bin/streamr1 bench
+
+# a fresh environment from the lock file; --no-build-isolation keeps setuptools the locked one
+.venv/installed: requirements.lock settings.ini setup.py
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+# after editing a notebook: write streamr1_ref/, run everything from fresh kernels, save the outputs
+notebooks: export
+	$(PY) tests/notebooks.py run
+	.venv/bin/nbdev_clean
+	$(PY) tests/notebooks.py readme
+
+export: .venv/installed
+	.venv/bin/nbdev_export
+
+check: .venv/installed
+	$(PY) tests/notebooks.py check
+
+readme: .venv/installed
+	$(PY) tests/notebooks.py readme
+
+# about an hour and a half on two cores; run again after an interruption
+teacher: .venv/installed
+	.venv/bin/streamr1 train-teacher
+	.venv/bin/streamr1 evaluate-teacher
+
+lock: .venv/installed
+	(head -2 requirements.lock; $(PY) -m pip freeze --all --exclude-editable | grep -v "^pip==" | sed 's/\(torch==[0-9.]*\)+cpu/\1/') > requirements.new
+	mv requirements.new requirements.lock
+
+clean:
+	rm -rf .venv demo runs build *.egg-info .pytest_cache .hypothesis

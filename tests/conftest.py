@@ -1,0 +1,27 @@
+"""Shared by all tests: golden files and seeded generators."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from streamr1_ref.conventions import load_tensors
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def golden():
+    """golden("name") -> (tensors, settings) of tests/golden/name.*"""
+    return lambda name: (load_tensors(GOLDEN / f"{name}.safetensors")[0], json.loads((GOLDEN / f"{name}.json").read_text()))
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()

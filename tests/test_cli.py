@@ -1,0 +1,54 @@
+"""The command line as a process: exit codes, no tracebacks for a person's mistakes, the demo's files."""
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from streamr1_ref.cli import COMMANDS
+from streamr1_ref.conventions import read_mp4
+
+
+def streamr1(*args, **options):
+    return subprocess.run([sys.executable, "-m", "streamr1_ref.cli", *map(str, args)], capture_output=True, text=True, **options)
+
+
+def test_demo_writes_the_same_files_twice(tmp_path):
+    for name in ("a", "b"):
+        done = streamr1("demo", "--out", tmp_path / name, "--steps", 3, "--count", 2)
+        assert done.returncode == 0, done.stderr
+    assert "motion error" in done.stdout and "teacher.mp4" in done.stdout
+    clip, fps = read_mp4(tmp_path / "a" / "teacher.mp4")
+    assert clip.shape[0] == 33 and fps == 16
+    for file in ("metrics.json", "teacher.png", "teacher.mp4"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+    assert len(json.loads((tmp_path / "a" / "metrics.json").read_text())["clips"]) == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_readable(command):
+    done = streamr1(command, "--help")
+    assert done.returncode == 0 and "usage: streamr1" in done.stdout and COMMANDS[command].__doc__.split("\n")[0].split(".")[0][:30] in done.stdout
+
+
+def test_mistakes_end_with_one_line_and_code_2(tmp_path):
+    (tmp_path / "file").write_text("")
+    for args in (("demo", "--out", tmp_path / "file"), ("demo", "--out", tmp_path / "d", "--steps", 0),
+                 ("evaluate-teacher", "--teacher", tmp_path / "absent", "--out", tmp_path)):
+        done = streamr1(*args)
+        assert done.returncode == 2 and done.stderr.startswith("streamr1: ") and "Traceback" not in done.stderr, done.stderr
+    assert streamr1("nonsense").returncode == 2
+
+
+def test_interruption_ends_with_130(tmp_path):
+    process = subprocess.Popen([sys.executable, "-m", "streamr1_ref.cli", "train-teacher", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out"),
+                                "--training.batch", "1"], stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not (tmp_path / "run" / "log.jsonl").exists() and time.time() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "streamr1: interrupted" in err and "Traceback" not in err

@@ -1,0 +1,53 @@
+"""What a reader of the conventions notebook need not see."""
+import multiprocessing
+import os
+
+import pytest
+import torch
+
+from streamr1_ref import conventions
+from streamr1_ref.conventions import explore, load_tensors, progress, save_tensors
+
+
+def test_explore_shows_a_widget_in_a_live_session(monkeypatch):
+    import ipywidgets
+    shown, drawn = [], []
+    monkeypatch.delenv("STREAMR1_STATIC", raising=False)
+    monkeypatch.setattr(conventions, "display", shown.append)
+    explore(drawn.append, value=ipywidgets.IntSlider(value=3))
+    assert len(shown) == 1 and isinstance(shown[0], ipywidgets.Widget) and not drawn
+    slider = shown[0].children[0]
+    slider.value = 5
+    assert drawn[-1:] == [5]
+
+
+def test_progress_is_silent_when_static(monkeypatch):
+    monkeypatch.setenv("STREAMR1_STATIC", "1")
+    assert progress(range(2), "x").disable
+    monkeypatch.delenv("STREAMR1_STATIC")
+    assert not progress(range(2), "x").disable
+
+
+def _write_forever(path):
+    while True:
+        save_tensors(path, {"w": torch.full((200_000,), float(os.getpid()))})
+
+
+def test_a_killed_writer_leaves_a_whole_file(tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_tensors(path, {"w": torch.zeros(200_000)})
+    for delay in (0.3, 0.5, 0.7):
+        process = multiprocessing.get_context("fork").Process(target=_write_forever, args=(path,))
+        process.start()
+        process.join(delay)
+        process.kill()
+        process.join()
+        values = load_tensors(path)[0]["w"]
+        assert len(values) == 200_000 and (values == values[0]).all()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_folder(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(OSError):
+        save_tensors(tmp_path / "w.safetensors", {"w": torch.zeros(1)})
