@@ -43,7 +43,7 @@ def test_one_sampler_is_diffusers_sampler(shift, steps, generator):
     assert relative_error(euler_sample(net, noise, None, schedule=schedule, num_steps=steps), x) < 1e-5
 
 
-levels = st.floats(0.01, 1, width=32)
+levels = st.floats(0.015625, 1, width=32)
 
 
 @settings(deadline=None)
@@ -60,7 +60,7 @@ def test_round_trips(level, seed):
 def test_shift_is_a_group_and_monotone(s, k1, k2):
     s = torch.tensor(s, dtype=torch.float64)
     assert torch.allclose(shift_sigma(shift_sigma(s, k1), k2), shift_sigma(s, k1 * k2), atol=1e-9)
-    assert 0 <= shift_sigma(s, k1) <= 1
+    assert 0 <= shift_sigma(s, k1) <= 1 + 1e-12
     if k1 >= 1:
         assert shift_sigma(s, k1) >= s - 1e-12
 
