@@ -44,11 +44,16 @@ def test_mistakes_end_with_one_line_and_code_2(tmp_path):
 
 def test_interruption_ends_with_130(tmp_path):
     process = subprocess.Popen([sys.executable, "-m", "streamr1_ref.cli", "train-teacher", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out"),
-                                "--training.batch", "1"], stderr=subprocess.PIPE, text=True)
+                                "--training.batch", "1"], stderr=subprocess.PIPE, text=True,
+                               # a shell that starts us in the background ignores SIGINT, and children inherit that
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.time() + 120
     while not (tmp_path / "run" / "log.jsonl").exists() and time.time() < deadline:
         time.sleep(0.1)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "streamr1: interrupted" in err and "Traceback" not in err
