@@ -27,7 +27,7 @@ NOISE = {"absolute path": r"(?<![\w.:/])/(?:home|root|tmp|usr|work|mnt|Users|var
 
 def notebooks(names: list[str] = ()) -> list[Path]:
     """The notebooks called `names` (stems), or all of them, in chapter order: conventions first, index last."""
-    order = lambda p: (p.stem != "conventions", p.stem == "cli", p.stem == "index", p.stem)
+    order = lambda p: (p.stem == "index", p.stem == "cli", p.stem != "conventions", p.stem)
     found = sorted(NBS.glob("[!_]*.ipynb"), key=order)
     if unknown := set(names) - {p.stem for p in found}:
         raise SystemExit(f"no such notebook: {', '.join(sorted(unknown))}; there are {', '.join(p.stem for p in found)}")

@@ -17,7 +17,7 @@ from streamr1_ref.world import caption_split, judge, Oracle
 
 NET = "WanConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=1)"
 RUN = ("import sys, torch; torch.set_num_threads(1)\nfrom streamr1_ref.teacher import *\nfrom streamr1_ref.transformer import WanConfig\n"
-       f"train_teacher(TeacherTraining(steps=24, batch=1, save_every=5), sys.argv[1], net={NET}, progress=False)")
+       f"train_teacher(TeacherTraining(steps=60, batch=1, save_every=7), sys.argv[1], net={NET}, progress=False)")
 
 
 def test_killed_and_resumed_training_ends_with_the_same_bits(tmp_path):
@@ -25,7 +25,7 @@ def test_killed_and_resumed_training_ends_with_the_same_bits(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run([sys.executable, "-c", RUN, str(whole)], check=True)
     kills = 0
-    for patience in (9, 16, 0):
+    for patience in (9, 31, 0):
         process = subprocess.Popen([sys.executable, "-c", RUN, str(killed)])
         log = killed / "log.jsonl"
         while patience and process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= patience):
