@@ -88,7 +88,6 @@ def test_the_checks_see_what_they_should(tmp_path):
     path = tmp_path / "bad.ipynb"
 
     def found_with(change):
-        bad = nbformat.from_dict(nb.copy())
         bad = nbformat.reads(nbformat.writes(nb), as_version=4)
         change(bad)
         nbformat.write(bad, path)

@@ -8,7 +8,6 @@ import pytest
 from notebooks import ROOT, notebooks
 
 tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
-modules = [p.stem.split("_", 1)[1] if p.name[0].isdigit() else p.stem for p in notebooks()]
 
 
 @pytest.mark.skipif(not tracked, reason="not a git checkout")

@@ -1,6 +1,5 @@
 """The shipped teacher, and a training that is killed."""
 import json
-import os
 import signal
 import subprocess
 import sys
