@@ -114,7 +114,7 @@ def main(command: str = "check", *names: str) -> None:
         print(f"{'notebook':24}{'words':>7}{'median cell':>13}{'longest':>9}{'exported':>10}  untested")
         for row in map(teaching, paths):
             print(f"{row['notebook']:24}{row['words']:7}{row['median_cell']:13}{row['longest_cell']:9}{row['exported']:10}  {', '.join(row['untested']) or 0}")
-        raise SystemExit("\n".join(wrong))
+        raise SystemExit("\n".join(wrong) or 0)
     else:
         raise SystemExit(__doc__)
 

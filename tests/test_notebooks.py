@@ -52,6 +52,12 @@ def test_runs_from_top_to_bottom_in_a_fresh_kernel(path):
     assert output_kinds(execute(path)) == output_kinds(committed), "other kinds of output than the committed ones: make notebooks"
 
 
+def test_make_check_succeeds_and_lists_every_notebook():
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "notebooks.py"), "check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(path.stem in done.stdout for path in ALL)
+
+
 def test_readme_is_the_index():
     assert (ROOT / "README.md").read_text(encoding="utf-8") == readme(), "run: make readme"
 
