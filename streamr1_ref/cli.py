@@ -155,13 +155,14 @@ def bench(clips: int = 256, batch: int = 24, min_seconds: float = 1.0) -> None:
         min_seconds: Time spent on each measurement.
     """
     device = default_device()
-    captions, codec, cfg = (caption_split()[1] * (1 + clips // 256))[:clips], load_codec(data_path("tiny_codec.safetensors")), WanConfig()
+    heldout, codec, cfg = caption_split()[1], load_codec(data_path("tiny_codec.safetensors")), WanConfig()
+    captions = (heldout * (1 + clips // len(heldout)))[:clips]
     net = WanTransformer(cfg).to(device)
     pixels = sample_clips(captions, seeded(0))
     latents = codec.encode(pixels)
     scope = {"sample_clips": sample_clips, "mixed_clips": mixed_clips, "captions": captions, "seeded": seeded, "codec": codec, "pixels": pixels,
              "latents": latents, "net": net, "torch": torch, "training_step": training_step, "x": torch.randn(batch, *latents.shape[1:], device=device),
-             "t": torch.full((batch,), 500.0, device=device), "p": torch.zeros(batch, 6, cfg.text_dim, device=device)}
+             "t": torch.full((batch,), 500.0, device=device), "p": torch.zeros(batch, cfg.text_len, cfg.text_dim, device=device)}
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, transformer on {device} in float32")
     for name, statement in ((f"render {clips} clean clips", "sample_clips(captions, seeded(0))"), (f"render {clips} mixed clips", "mixed_clips(captions, seeded(0))"),
                             (f"encode {clips} clips", "codec.encode(pixels)"), (f"decode {clips} clips", "codec.decode(latents)"),

@@ -152,8 +152,10 @@ def load_codec(path: str | Path) -> PCACodec:
 
 # %% ../nbs/01_latents.ipynb #165c08e5
 class WanVAECodec:
-    """A `LatentCodec` around diffusers' AutoencoderKLWan (Wan2.1: 16 channels, 4 frames and 8x8 pixels per latent)."""
+    """A `LatentCodec` around diffusers' AutoencoderKLWan (Wan2.1: 16 channels, 4 frames and 8x8 pixels per latent); ValueError for Wan2.2's."""
     def __init__(self, vae: AutoencoderKLWan):
+        if vae.config.patch_size is not None:
+            raise ValueError(f"vae: expected Wan2.1's VAE with patch_size None, got patch_size={vae.config.patch_size} (Wan2.2)")
         self.vae, self.channels = vae, vae.config.z_dim
         self.time_stride, self.space_stride = vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
         shape = (1, self.channels, 1, 1, 1)

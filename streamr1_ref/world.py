@@ -69,7 +69,7 @@ class Caption:
 def parse_caption(text: str) -> Caption:
     """The `Caption` of a sentence such as "a red 3 moving left slowly". Raises ValueError that says what does not fit."""
     words = text.split()
-    if len(words) not in (5, 6) or words[0] != "a" or words[3] != "moving" or not words[2].isdigit():
+    if len(words) not in (5, 6) or words[0] != "a" or words[3] != "moving" or words[2] not in map(str, range(10)):
         raise ValueError(f"text: expected 'a COLOUR DIGIT moving DIRECTION [slowly|quickly]', got {text!r}")
     return Caption(words[1], int(words[2]), words[4], *words[5:])
 

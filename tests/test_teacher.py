@@ -37,7 +37,6 @@ def test_killed_and_resumed_training_ends_with_the_same_bits(tmp_path):
     a, b = (load_tensors(f / "checkpoint.safetensors")[0] for f in (whole, killed))
     assert set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
     assert (whole / "log.jsonl").read_text() == (killed / "log.jsonl").read_text()
-    assert not list(killed.glob("*.tmp")) or kills            # a kill may leave a temporary file, never a broken checkpoint
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
