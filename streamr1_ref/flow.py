@@ -139,16 +139,22 @@ Denoise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]    
 
 @torch.no_grad()
 def euler_sample(denoise: Denoise, noise: torch.Tensor, prompt_embeds: torch.Tensor, null_embeds: torch.Tensor | None = None,
-                 schedule: FlowSchedule = FlowSchedule(), num_steps: int = 24, guidance_scale: float = 1.0, progress: bool = False) -> torch.Tensor:
-    """Carry noise [B,F,C,H,W] to latents in `num_steps` Euler steps; `null_embeds` (the empty prompt) is needed unless guidance_scale is 1."""
+                 schedule: FlowSchedule = FlowSchedule(), num_steps: int = 24, guidance_scale: float = 1.0, progress: bool = False,
+                 on_step: Callable[[int, torch.Tensor], None] | None = None) -> torch.Tensor:
+    """Carry noise [B,F,C,H,W] to latents in `num_steps` Euler steps; `null_embeds` (the empty prompt) is needed unless guidance_scale is 1.
+
+    `on_step(i, x)` is called with the state before step i, and with (num_steps, result) at the end.
+    """
     check_tensor("noise", noise, "B F C H W")
     if guidance_scale != 1 and null_embeds is None:
         raise ValueError(f"null_embeds: expected the embedded empty prompt for guidance_scale={guidance_scale:g}, got None")
-    x, sigmas = noise, schedule.sampling_sigmas(num_steps).tolist()
-    for now, after in progress_bar(list(zip(sigmas, sigmas[1:])), "sampling", progress):
+    x, sigmas, watch = noise, schedule.sampling_sigmas(num_steps).tolist(), on_step or (lambda i, x: None)
+    for i, (now, after) in enumerate(progress_bar(list(zip(sigmas, sigmas[1:])), "sampling", progress)):
+        watch(i, x)
         timestep = torch.full((len(x),), now * schedule.num_train_timesteps, device=x.device)
         flow = denoise(x, timestep, prompt_embeds)
         if guidance_scale != 1:
             flow = apply_guidance(flow, denoise(x, timestep, null_embeds), guidance_scale)
         x = x + (after - now) * flow
+    watch(num_steps, x)
     return x

@@ -24,8 +24,9 @@ from .world import (COLOURS, DIRECTIONS, SPEEDS, Caption, Oracle, WorldConfig, c
 
 # %% auto #0
 __all__ = ['WORDS', 'TextEncoder', 'WordEncoder', 'tokenize', 'TextToLatents', 'TeacherTraining', 'seeded', 'training_batch',
-           'flow_loss', 'TeacherTrainer', 'checkpoint_tensors', 'restore', 'train_teacher', 'tiny_codec', 'TinyTeacher',
-           'save_teacher', 'load_teacher', 'seen_defects', 'report_row', 'evaluate_teacher', 'codec_floor']
+           'flow_loss', 'TeacherTrainer', 'update', 'checkpoint_tensors', 'restore', 'run_training', 'train_teacher',
+           'tiny_codec', 'TinyTeacher', 'save_teacher', 'load_teacher', 'seen_defects', 'report_row',
+           'evaluate_teacher', 'codec_floor']
 
 # %% ../nbs/03b_tiny_teacher.ipynb #9dbdb16a
 class TextEncoder(Protocol):
@@ -135,23 +136,26 @@ class TeacherTrainer:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)
 
 # %% ../nbs/03b_tiny_teacher.ipynb #a61d296e
+def update(trainer: TeacherTrainer, loss: torch.Tensor) -> float:
+    """Step optimizer and average down the gradient of `loss`; returns it. FloatingPointError, with the weights untouched, if it is not finite."""
+    if not loss.isfinite():
+        raise FloatingPointError(f"loss: expected a finite value, got {loss.item()} at step {trainer.step_count}")
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = trainer.cfg.learning_rate(trainer.step_count)
+    trainer.optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.cfg.clip_norm)
+    trainer.optimizer.step()
+    trainer.step_count += 1
+    decay = min(trainer.cfg.ema, trainer.step_count / (trainer.step_count + 10))      # a young average forgets faster
+    with torch.no_grad():
+        torch._foreach_lerp_(list(trainer.average.parameters()), list(trainer.model.parameters()), 1 - decay)
+    return loss.item()
+
 @patch
 def step(self: TeacherTrainer) -> float:
-    "One update; returns the loss. Raises FloatingPointError, with the weights untouched, if the loss is not finite."
-    for group in self.optimizer.param_groups:
-        group["lr"] = self.cfg.learning_rate(self.step_count)
-    loss = flow_loss(self.model, training_batch(self.cfg, self.step_count, self.codec, self.captions, self.world))
-    if not loss.isfinite():
-        raise FloatingPointError(f"loss: expected a finite value, got {loss.item()} at step {self.step_count}")
-    self.optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip_norm)
-    self.optimizer.step()
-    self.step_count += 1
-    decay = min(self.cfg.ema, self.step_count / (self.step_count + 10))      # a young average forgets faster
-    with torch.no_grad():
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
-    return loss.item()
+    "One update; returns the loss."
+    return update(self, flow_loss(self.model, training_batch(self.cfg, self.step_count, self.codec, self.captions, self.world)))
 
 # %% ../nbs/03b_tiny_teacher.ipynb #69c7868b
 def checkpoint_tensors(trainer: TeacherTrainer) -> dict[str, torch.Tensor]:
@@ -175,10 +179,9 @@ def restore(trainer: TeacherTrainer, tensors: dict[str, torch.Tensor]) -> None:
     trainer.step_count = int(tensors["step"])
 
 # %% ../nbs/03b_tiny_teacher.ipynb #d3f14f6e
-def train_teacher(cfg: TeacherTraining, folder: str | Path, codec: PCACodec | None = None, net: WanConfig = WanConfig(), progress: bool = True) -> TeacherTrainer:
-    """Train in `folder`, from its checkpoint if there is one, and record every step in log.jsonl. ValueError if the settings differ from the checkpoint's."""
-    folder, settings = Path(folder), json.dumps({"training": asdict(cfg), "net": asdict(net)})
-    trainer = TeacherTrainer(cfg, codec or load_codec(data_path("tiny_codec.safetensors")), net)
+def run_training(trainer: TeacherTrainer, folder: str | Path, settings: str, label: str, progress: bool = True) -> None:
+    """Take all steps of `trainer` in `folder`, from its checkpoint if there is one, recording each in log.jsonl. ValueError if the checkpoint has other `settings`."""
+    folder, cfg = Path(folder), trainer.cfg
     checkpoint, log = folder / "checkpoint.safetensors", folder / "log.jsonl"
     if checkpoint.exists():
         tensors, metadata = load_tensors(checkpoint)
@@ -189,10 +192,15 @@ def train_teacher(cfg: TeacherTraining, folder: str | Path, codec: PCACodec | No
     lines = log.read_text().splitlines()[:trainer.step_count] if log.exists() else []
     log.write_text("".join(line + "\n" for line in lines))              # what was done after the checkpoint is done again
     with log.open("a", buffering=1) as record:
-        for step in progress_bar(range(trainer.step_count, cfg.steps), "teacher", progress, initial=trainer.step_count, total=cfg.steps):
+        for step in progress_bar(range(trainer.step_count, cfg.steps), label, progress, initial=trainer.step_count, total=cfg.steps):
             record.write(json.dumps({"step": step, "loss": trainer.step(), "lr": cfg.learning_rate(step)}) + "\n")
             if trainer.step_count % cfg.save_every == 0 or trainer.step_count == cfg.steps:
                 save_tensors(checkpoint, checkpoint_tensors(trainer), {"settings": settings})
+
+def train_teacher(cfg: TeacherTraining, folder: str | Path, codec: PCACodec | None = None, net: WanConfig = WanConfig(), progress: bool = True) -> TeacherTrainer:
+    """Train a teacher in `folder`, or go on where it was interrupted."""
+    trainer = TeacherTrainer(cfg, codec or load_codec(data_path("tiny_codec.safetensors")), net)
+    run_training(trainer, folder, json.dumps({"training": asdict(cfg), "net": asdict(net)}), "teacher", progress)
     return trainer
 
 # %% ../nbs/03b_tiny_teacher.ipynb #da3a0d25

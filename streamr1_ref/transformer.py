@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +20,9 @@ from torch import nn
 from .conventions import check_tensor
 
 # %% auto #0
-__all__ = ['WRAPPERS', 'PREFIXES', 'DIFFUSERS_NAMES', 'DIFFUSERS_BLOCK_NAMES', 'WanConfig', 'to_tokens', 'from_tokens',
+__all__ = ['Memory', 'WRAPPERS', 'PREFIXES', 'DIFFUSERS_NAMES', 'DIFFUSERS_BLOCK_NAMES', 'WanConfig', 'to_tokens', 'from_tokens',
            'sinusoidal_embedding', 'rotary_frequencies', 'rotary_table', 'rotate', 'attend', 'Attention', 'modulate',
-           'gate', 'Block', 'Head', 'WanTransformer', 'check_inputs', 'unwrap_state_dict', 'translate',
+           'gate', 'Block', 'Head', 'Cache', 'WanTransformer', 'check_inputs', 'unwrap_state_dict', 'translate',
            'to_diffusers_name', 'to_official_name', 'load_wan_weights']
 
 # %% ../nbs/03_transformer.ipynb #aa5b0636
@@ -38,6 +40,7 @@ class WanConfig:
     freq_dim: int = 128                            # width of the sinusoidal timestep embedding
     patch_size: tuple[int, int, int] = (1, 2, 2)   # latent frames, rows and columns that make one token
     eps: float = 1e-6
+    latent_size: tuple[int, int] = (8, 8)          # rows and columns of the latents it is trained on; streams start with it, nothing else does
 
     def __post_init__(self):
         if self.dim % self.num_heads or self.head_dim % 2 or self.head_dim < 6:
@@ -57,12 +60,12 @@ def tiny(cls: WanConfig) -> WanConfig:
 @patch(cls_method=True)
 def wan_1_3b(cls: WanConfig) -> WanConfig:
     "Wan2.1-T2V-1.3B."
-    return cls(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, text_dim=4096, text_len=512, freq_dim=256)
+    return cls(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, text_dim=4096, text_len=512, freq_dim=256, latent_size=(60, 104))
 
 @patch(cls_method=True)
 def wan_14b(cls: WanConfig) -> WanConfig:
     "Wan2.1-T2V-14B."
-    return cls(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, text_dim=4096, text_len=512, freq_dim=256)
+    return cls(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, text_dim=4096, text_len=512, freq_dim=256, latent_size=(60, 104))
 
 # %% ../nbs/03_transformer.ipynb #e55cb87a
 def to_tokens(x: torch.Tensor, patch_size: tuple[int, int, int]) -> torch.Tensor:
@@ -109,12 +112,14 @@ def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
 
 # %% ../nbs/03_transformer.ipynb #1846dc8e
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) v for q [B,N,heads,d] and k, v [B,M,heads,d] -> [B,N,heads*d]."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """softmax(q k^T / sqrt(d)) v for q [B,N,heads,d] and k, v [B,M,heads,d] -> [B,N,heads*d]; `mask` bool [N,M], True = may look."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
     return out.transpose(1, 2).flatten(2)
 
 # %% ../nbs/03_transformer.ipynb #40c236b8
+Memory = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]      # keys and values [B,N,heads,d] of a call -> all to see
+
 class Attention(nn.Module):
     """Multi-head attention with queries and keys RMS-normed over the whole width; to itself, or to a context."""
     def __init__(self, dim: int, num_heads: int, eps: float = 1e-6):
@@ -122,15 +127,18 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
+        self.attend = attend
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None, table: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None, table: torch.Tensor | None = None,
+                memory: Memory | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
         """x [B,N,dim]; context [B,M,dim], or None for self-attention; rotary `table` [2,N,head_dim/2] or None -> [B,N,dim]."""
         context = x if context is None else context
         heads = lambda y: y.unflatten(-1, (self.num_heads, -1))
         q, k, v = heads(self.norm_q(self.q(x))), heads(self.norm_k(self.k(context))), heads(self.v(context))
         if table is not None:
-            q, k = rotate(q, table), rotate(k, table)
-        return self.o(attend(q, k, v))
+            q, k = rotate(q, table), rotate(k, table) if memory is None else k
+        k, v = (k, v) if memory is None else memory(k, v)
+        return self.o(self.attend(q, k, v, mask))
 
 # %% ../nbs/03_transformer.ipynb #874b126b
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -153,10 +161,11 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU("tanh"), nn.Linear(cfg.ffn_dim, cfg.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, cfg.dim) / cfg.dim**0.5)
 
-    def forward(self, x: torch.Tensor, time: torch.Tensor, context: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, time: torch.Tensor, context: torch.Tensor, table: torch.Tensor,
+                memory: Memory | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Tokens x [B,N,dim], time [B,f,6,dim], prompt context [B,L,dim], rotary table [2,N,head_dim/2] -> [B,N,dim]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unbind(2)
-        x = x + gate(self.self_attn(modulate(self.norm1(x), shift1, scale1), table=table), gate1)
+        x = x + gate(self.self_attn(modulate(self.norm1(x), shift1, scale1), table=table, memory=memory, mask=mask), gate1)
         x = x + self.cross_attn(self.norm3(x), context)
         return x + gate(self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
 
@@ -175,6 +184,12 @@ class Head(nn.Module):
         return self.head(modulate(self.norm(x), shift, scale))
 
 # %% ../nbs/03_transformer.ipynb #0fcb8f8f
+class Cache(Protocol):
+    """The past of a stream; chapter 05 writes the classes."""
+    def recall(self, batch: int, frames: int, grid: tuple[int, int]) -> tuple[torch.Tensor, list[Memory]]:
+        "Rotary table for the queries of a call on frames of `grid` (rows, columns) tokens, and one memory per layer."
+
+
 class WanTransformer(nn.Module):
     """Wan2.1's text-to-video transformer (2503.20314, sec. 4.2). Parameters are named as in the official checkpoints."""
     def __init__(self, cfg: WanConfig):
@@ -220,16 +235,24 @@ def check_inputs(cfg: WanConfig, x_t: torch.Tensor, timestep: torch.Tensor, prom
 
 # %% ../nbs/03_transformer.ipynb #506d5bac
 @patch
-def forward(self: WanTransformer, x_t: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
-    "Flow [B,F,C,H,W] for noisy latents alike, timestep [B] or [B,F] in [0,1000] and prompt_embeds [B,L,text_dim], L <= text_len."
+def forward(self: WanTransformer, x_t: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor, cache: Cache | None = None,
+            mask: torch.Tensor | None = None, positions: torch.Tensor | None = None) -> torch.Tensor:
+    """Flow [B,F,C,H,W] for noisy latents alike, timestep [B] or [B,F] in [0,1000] and prompt_embeds [B,L,text_dim], L <= text_len.
+
+    With a `cache`, x_t is the block that is open in it. Without: `mask` bool [N,N] over tokens, and `positions` [F] of the frames, by default 0, 1, ...
+    """
     check_inputs(self.cfg, x_t, timestep, prompt_embeds)
     tokens = self.embed_patches(x_t)
     f, h, w = tokens.shape[1:4]
     time, time6 = self.embed_time(timestep if timestep.ndim == 2 else timestep[:, None])
-    table = rotary_table(torch.arange(f, device=x_t.device), h, w, self.cfg.head_dim)
+    if cache is None:
+        frames = torch.arange(f, device=x_t.device) if positions is None else positions
+        table, memories = rotary_table(frames, h, w, self.cfg.head_dim), [None] * len(self.blocks)
+    else:
+        table, memories = cache.recall(len(x_t), f, (h, w))
     x, context = tokens.flatten(1, 3), self.embed_prompt(prompt_embeds)
-    for block in self.blocks:
-        x = block(x, time6, context, table)
+    for block, memory in zip(self.blocks, memories):
+        x = block(x, time6, context, table, memory, mask)
     return from_tokens(self.head(x, time).unflatten(1, (f, h, w)), self.cfg.patch_size)
 
 # %% ../nbs/03_transformer.ipynb #182c8eb2
