@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -221,12 +222,12 @@ class TinyTeacher:
 
     @torch.no_grad()
     def sample(self, prompts: list[str], generator: torch.Generator, num_steps: int = 24, guidance_scale: float = 3.0,
-               num_latents: int | None = None, progress: bool = False) -> torch.Tensor:
+               num_latents: int | None = None, progress: bool = False, on_step: Callable[[int, torch.Tensor], None] | None = None) -> torch.Tensor:
         "Latents [B,F,C,h,w], one clip per sentence, by `euler_sample`; F is `num_latents`, by default that of the world's clips."
         side, F = self.world.canvas // self.codec.space_stride, num_latents or 1 + (self.world.num_frames - 1) // self.codec.time_stride
         noise = torch.randn(len(prompts), F, self.codec.channels, side, side, generator=generator)
         embeds, null = self.model.text(prompts), self.model.text([""] * len(prompts))
-        return euler_sample(self.model.transformer, noise.to(embeds), embeds, null, self.schedule, num_steps, guidance_scale, progress)
+        return euler_sample(self.model.transformer, noise.to(embeds), embeds, null, self.schedule, num_steps, guidance_scale, progress, on_step)
 
 # %% ../nbs/03b_tiny_teacher.ipynb #9df3a46d
 def save_teacher(path: str | Path, model: TextToLatents, training: TeacherTraining) -> Path:
