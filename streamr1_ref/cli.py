@@ -5,27 +5,41 @@
 # %% ../nbs/cli.ipynb #72b51de2
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
+from time import perf_counter
+from typing import Annotated, Literal
 
 import torch
 import tyro
 from matplotlib.image import imsave
 from torch.utils.benchmark import Timer
 
-from .codec import load_codec, save_codec
-from .conventions import data_path, default_device, film_strip, write_mp4
-from .teacher import (TeacherTraining, codec_floor, evaluate_teacher, load_teacher, save_teacher, seeded, tiny_codec,
+from .attention import set_attention
+from .cache import CacheConfig
+from .codec import WanVAECodec, load_codec, save_codec
+from .conventions import data_path, default_device, default_dtype, film_strip, write_mp4
+from .conventions import progress as progress_bar
+from .rollout import (Stream, StreamSampler, StudentTrainer, StudentTraining, drift, load_ode_pairs, load_student, make_ode_pairs,
+                                  policies)
+from .teacher import (TeacherTraining, codec_floor, evaluate_teacher, load_teacher, run_training, save_teacher, seeded, tiny_codec,
                                   train_teacher)
 from .transformer import WanConfig, WanTransformer
 from .world import (Caption, Oracle, caption_split, mixed_clips, motion_error, parse_caption, read_colour,
                                 sample_clips)
 
 # %% auto #0
-__all__ = ['COMMANDS', 'writable_folder', 'side_by_side', 'describe', 'demo', 'train_codec', 'thin_log', 'train_teacher_command',
-           'evaluate_teacher_command', 'median_seconds', 'training_step', 'bench', 'main']
+__all__ = ['PARTS', 'ROLLOUT', 'COMMANDS', 'writable_folder', 'side_by_side', 'describe', 'demo', 'train_codec', 'thin_log',
+           'train_teacher_command', 'evaluate_teacher_command', 'make_pairs', 'initialise_student', 'evaluate_student',
+           'median_seconds', 'training_step', 'BenchParts', 'bench_parts', 'Stopwatch', 'time_blocks', 'split_times',
+           'BenchRollout', 'stream_for_bench', 'bench_rollout', 'bench', 'main']
 
 # %% ../nbs/cli.ipynb #79a8d4a1
 def writable_folder(out: str | Path) -> Path:
@@ -133,6 +147,55 @@ def evaluate_teacher_command(teacher: str | None = None, out: str = "data_sample
     for name, row in rounded.items():
         print(f"{name:28}" + "  ".join(f"{k} {v:.3f}" for k, v in row.items()))
 
+# %% ../nbs/cli.ipynb #1601e33d
+def make_pairs(out: str = "runs/tiny_pairs", count: int = 1536, batch: int = 64, seed: int = 0) -> None:
+    """Sample the shipped teacher and keep points of its paths, to initialise a student with (chapter 06). Goes on after an interruption.
+
+    Args:
+        out: Folder for part*.safetensors.
+        count: Number of paths.
+        batch: Paths per file.
+        seed: Of sentences and noise.
+    """
+    make_ode_pairs(load_teacher(), writable_folder(out), count, batch, seed)
+    print(f"wrote {len(load_ode_pairs(out)[1])} paths to {out}")
+
+def initialise_student(training: StudentTraining = StudentTraining(), pairs: str = "runs/tiny_pairs", run: str = "runs/tiny_student", out: str = "data_samples") -> None:
+    """Make the teacher a causal student of four steps by regression onto its paths, or go on with a run that was interrupted.
+
+    Args:
+        training: Settings of the training.
+        pairs: Folder of `streamr1 make-pairs`.
+        run: Folder for checkpoint.safetensors and log.jsonl.
+        out: Folder for tiny_student.safetensors and tiny_student_log.jsonl once the training is complete.
+    """
+    folder, target = writable_folder(run), writable_folder(out)
+    trainer = StudentTrainer(training, load_teacher(), *load_ode_pairs(pairs))
+    run_training(trainer, folder, json.dumps({"training": asdict(training)}), "student")
+    records = thin_log((folder / "log.jsonl").read_text().splitlines(), every=20)
+    (target / "tiny_student_log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    print("wrote", save_teacher(target / "tiny_student.safetensors", trainer.average, training))
+
+# %% ../nbs/cli.ipynb #81474a97
+def evaluate_student(student: str | None = None, out: str = "data_samples", seed: int = 0, limit: int = 64, seconds: int = 60) -> None:
+    """Stream held-out captions under each cache policy and judge every five seconds.
+
+    Args:
+        student: File of a student; by default the shipped one.
+        out: Folder for tiny_student_report.json.
+        seed: Of the noise; the same for all policies.
+        limit: Number of captions, out of 256.
+        seconds: Length of the streams.
+    """
+    folder, model, oracle = writable_folder(out), load_student(student), Oracle()
+    captions, rows = caption_split()[1][::max(1, 256 // limit)][:limit], {}
+    for name, cache in progress_bar(policies(2 + seconds * 4).items(), "policies"):
+        rows[name] = [{k: round(v, 4) for k, v in row.items()} for row in drift(model, captions, cache, oracle, seconds, seed=seed)]
+    report = {"captions": len(captions), "seed": seed, "seconds": seconds, "torch": torch.__version__, "policies": rows}
+    (folder / "tiny_student_report.json").write_text(json.dumps(report, indent=1) + "\n")
+    for name, row in rows.items():
+        print(f"{name:16}" + "  ".join(f"{k} {row[0][k]:.3f} -> {row[-1][k]:.3f}" for k in ("digit", "motion_error", "sharpness", "flicker")))
+
 # %% ../nbs/cli.ipynb #5cd60d16
 def median_seconds(statement: str, scope: dict, min_seconds: float = 1.0) -> float:
     """Median run time of a Python `statement` over names in `scope`, after a warm-up, by torch.utils.benchmark."""
@@ -141,19 +204,20 @@ def median_seconds(statement: str, scope: dict, min_seconds: float = 1.0) -> flo
     return timer.blocked_autorange(min_run_time=min_seconds).median
 
 def training_step(net: WanTransformer, x: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor) -> None:
-    """Forward and backward pass of a mean square, gradients left in place and then cleared."""
+    """Forward and backward pass of a mean square; the gradients are cleared afterwards."""
     net(x, timestep, prompt_embeds).square().mean().backward()
     net.zero_grad()
 
 # %% ../nbs/cli.ipynb #87f35c40
-def bench(clips: int = 256, batch: int = 24, min_seconds: float = 1.0) -> None:
-    """Print the time of rendering, codec and transformer on this machine.
+@dataclass
+class BenchParts:
+    """Time rendering, codec and transformer."""
+    clips: int = 256             # clips of 33 frames that are rendered, encoded and decoded
+    batch: int = 24              # clips of 9 latent frames in a transformer call
+    min_seconds: float = 1.0     # spent on each measurement
 
-    Args:
-        clips: Clips of 33 frames that are rendered, encoded and decoded.
-        batch: Clips of 9 latent frames in a transformer call.
-        min_seconds: Time spent on each measurement.
-    """
+def bench_parts(clips: int, batch: int, min_seconds: float) -> None:
+    """Print the time of each part of the tiny world on this machine; arguments as in `BenchParts`."""
     device = default_device()
     heldout, codec, cfg = caption_split()[1], load_codec(data_path("tiny_codec.safetensors")), WanConfig()
     captions = (heldout * (1 + clips // len(heldout)))[:clips]
@@ -170,8 +234,123 @@ def bench(clips: int = 256, batch: int = 24, min_seconds: float = 1.0) -> None:
                             (f"transformer forward + backward, batch {batch}", "training_step(net, x, t, p)")):
         print(f"{name:48} {median_seconds(statement, scope, min_seconds) * 1e3:9.1f} ms", flush=True)
 
+# %% ../nbs/cli.ipynb #537faef3
+class Stopwatch:
+    """Adds up, by name, the time spent in functions that it wraps; waits for the GPU before and after each."""
+    def __init__(self, device: torch.device):
+        self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self.seconds, self.calls = Counter(), Counter()
+
+    def wrap(self, function: Callable, name: str | Callable[..., str]) -> Callable:
+        "The same function, timed under `name`, or under what `name` says of its arguments."
+        def timed(*args, **kwargs):
+            key = name if isinstance(name, str) else name(*args, **kwargs)
+            self.wait()
+            start = perf_counter()
+            result = function(*args, **kwargs)
+            self.wait()
+            self.seconds[key] += perf_counter() - start
+            self.calls[key] += 1
+            return result
+        return timed
+
+    def mean_ms(self, name: str) -> float:
+        "Mean milliseconds per call."
+        return 1e3 * self.seconds[name] / max(1, self.calls[name])
+
+# %% ../nbs/cli.ipynb #c6179b8f
+def time_blocks(stream: Stream, decode: Callable, blocks: int, peak_every: int) -> dict:
+    """Time and peak memory of the next `blocks` blocks of a stream, decoding included."""
+    device = stream.prompt_embeds.device
+    watch, block_ms, peak_mb, frames = Stopwatch(device), [], [], 0
+    step = watch.wrap(lambda: decode(next(stream)), "block")
+    for b in range(blocks):
+        before = watch.seconds["block"]
+        frames += step().shape[1]
+        block_ms.append(round(1e3 * (watch.seconds["block"] - before), 2))
+        if b % peak_every == 0 or b == blocks - 1:
+            peak_mb.append(round(torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else getrusage(RUSAGE_SELF).ru_maxrss / 1e3, 1))
+    median = lambda part: torch.tensor(part).median().item()
+    tenth = max(1, blocks // 10)
+    ratio = median(block_ms[-tenth:]) / median(block_ms[10:10 + tenth] or block_ms)
+    return {"blocks": blocks, "batch": len(stream.prompt_embeds), "ratio": round(ratio, 4), "frames_per_second": round(frames / watch.seconds["block"], 2),
+            "peak_every": peak_every, "peak_mb": peak_mb, "block_ms": block_ms}
+
+# %% ../nbs/cli.ipynb #36af2324
+def split_times(stream: Stream, decode: Callable, blocks: int) -> dict[str, float]:
+    """Where the time of the next blocks goes, in milliseconds; measured apart, since waiting around each attention slows a GPU down."""
+    net, watch = copy.copy(stream.sampler.net), Stopwatch(stream.prompt_embeds.device)
+    layers, plain = [block.self_attn for block in net.blocks], net.blocks[0].self_attn.attend
+    for layer in layers:
+        layer.attend = watch.wrap(plain, "attention")
+    net.forward = watch.wrap(net.forward, lambda x, timestep, *_, **__: "noisy" if timestep[0] > stream.sampler.context_noise else "clean")
+    stream.sampler, stream.cache.open = replace(stream.sampler, net=net), watch.wrap(stream.cache.open, "open")
+    decode = watch.wrap(decode, "decode")
+    for _ in range(blocks):
+        decode(next(stream))
+    for layer in layers:
+        layer.attend = plain
+    attention = 1e3 * watch.seconds["attention"] / (watch.calls["noisy"] + watch.calls["clean"])
+    return {"attention, per call": attention, "the rest, per denoising call": watch.mean_ms("noisy") - attention,
+            "cache write, per block": watch.mean_ms("clean") + watch.mean_ms("open"), "of which lining up the past": watch.mean_ms("open"),
+            "decode, per block": watch.mean_ms("decode")}
+
+# %% ../nbs/cli.ipynb #88bab7a3
+@dataclass
+class BenchRollout:
+    """Time a stream block by block: constant time, constant memory, and where the time goes."""
+    preset: Literal["tiny", "wan-1.3b"] | None = None     # by default wan-1.3b with random weights on a GPU, tiny on a CPU
+    blocks: int | None = None                             # by default 200 on a GPU, 1000 on a CPU
+    batch: int = 1
+    window_frames: int = 9
+    sink: Literal["ema", "static", "none"] = "ema"
+    attention: str = "sdpa"                               # see streamr1_ref.attention
+    out: str | None = None                                # folder for rollout_bench.json
+
+def stream_for_bench(preset: str, device: torch.device, batch: int, cache: CacheConfig, attention: str) -> tuple[Stream, Callable]:
+    """A stream and the decoder of its blocks: the shipped student, or Wan2.1 1.3B and its VAE with random weights."""
+    if preset == "tiny":
+        student = load_student()
+        net, codec, embeds = student.model.transformer.to(device), student.codec, student.model.text(["a red 3 moving up"] * batch).to(device)
+    else:
+        from diffusers import AutoencoderKLWan                  # seconds to import, and needed here only
+        cfg, dtype = WanConfig.wan_1_3b(), default_dtype(device)
+        with device:
+            net, vae = WanTransformer(cfg).to(dtype).requires_grad_(False), AutoencoderKLWan().to(dtype).requires_grad_(False)
+        codec, embeds = WanVAECodec(vae), torch.zeros(batch, cfg.text_len, cfg.text_dim, device=device, dtype=dtype)
+    stream = StreamSampler(set_attention(net, attention), cache=cache).stream(embeds, torch.Generator(device).manual_seed(0))
+    return stream, codec.stream_decoder()
+
+# %% ../nbs/cli.ipynb #aa0e37e9
+@torch.no_grad()
+def bench_rollout(preset: str | None, blocks: int | None, batch: int, window_frames: int, sink: str, attention: str, out: str | None) -> None:
+    """Print what `time_blocks` and `split_times` measure; arguments as in `BenchRollout`."""
+    device = default_device()
+    name = preset or ("wan-1.3b" if device.type == "cuda" else "tiny")
+    count, folder = blocks or (200 if device.type == "cuda" else 1000), out and writable_folder(out)
+    stream, decode = stream_for_bench(name, device, batch, CacheConfig(window_frames, sink=sink), attention)
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    print(f"{machine}, torch {torch.__version__}, {name} in {stream.prompt_embeds.dtype}, {stream.cache.net.latent_size} latents, batch {batch}, {attention}")
+    result = time_blocks(stream, decode, count, peak_every=max(1, count // 20))
+    split = {part: round(ms, 3) for part, ms in split_times(stream, decode, 10).items()}
+    for part, ms in split.items():
+        print(f"{part:36} {ms:9.2f} ms")
+    print(f"video frames per second and clip     {result['frames_per_second']:9.1f}    (denoising, cache and decoding; not the prompt)")
+    print(f"last tenth of {count} blocks over the tenth from block 10 on: {result['ratio']:.3f}; peak memory {result['peak_mb'][0]:.0f} MB at first, {result['peak_mb'][-1]:.0f} MB at the end")
+    if folder:
+        (folder / "rollout_bench.json").write_text(json.dumps({"machine": machine, "torch": torch.__version__, "preset": name, "split_ms": split} | result) + "\n")
+
+# %% ../nbs/cli.ipynb #bb83d581
+PARTS = Annotated[BenchParts, tyro.conf.subcommand("parts", prefix_name=False)]
+ROLLOUT = Annotated[BenchRollout, tyro.conf.subcommand("rollout", prefix_name=False)]
+
+def bench(what: tyro.conf.OmitArgPrefixes[PARTS | ROLLOUT] = BenchParts()) -> None:
+    """Measure this machine: `streamr1 bench parts` or `streamr1 bench rollout`."""
+    (bench_parts if isinstance(what, BenchParts) else bench_rollout)(**vars(what))
+
 # %% ../nbs/cli.ipynb #5d6d2219
-COMMANDS = {"demo": demo, "train-codec": train_codec, "train-teacher": train_teacher_command, "evaluate-teacher": evaluate_teacher_command, "bench": bench}
+COMMANDS = {"demo": demo, "train-codec": train_codec, "train-teacher": train_teacher_command, "evaluate-teacher": evaluate_teacher_command,
+            "make-pairs": make_pairs, "initialise-student": initialise_student, "evaluate-student": evaluate_student, "bench": bench}
 
 def main(args: list[str] | None = None) -> int:
     """Run a command; the exit code is 0, 2 for a mistake of the user's (one line on stderr), or 130 for Ctrl-C."""

@@ -241,7 +241,7 @@ def load_teacher(path: str | Path | None = None, codec: PCACodec | None = None) 
     if "net" not in metadata:
         raise ValueError(f"path: expected a file written by save_teacher, {path} has no sizes in its metadata")
     sizes = json.loads(metadata["net"])
-    model = TextToLatents(WanConfig(**{**sizes, "patch_size": tuple(sizes["patch_size"])}))
+    model = TextToLatents(WanConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}))       # JSON knows no tuples
     load_wan_weights(model, {k: v.float() for k, v in tensors.items()})
     return TinyTeacher(model.requires_grad_(False), codec or load_codec(data_path("tiny_codec.safetensors")))
 

@@ -66,3 +66,84 @@ def test_published_training_differs_from_inference_from_the_fourth_block_on(gold
     assert relative_error(moving, tensors["latents"]) < 1e-4              # with evict=True the training rollout is the sampler
     gap = [relative_error(a, b) for a, b in zip(frozen.split(3, 1), tensors["latents"].split(3, 1))]
     assert max(gap[:3]) < 1e-6 and all(1e-5 < g < 1e-3 for g in gap[3:]), gap
+
+
+def small_net():
+    torch.manual_seed(0)
+    return WanTransformer(SMALL)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("cache", [CacheConfig(), CacheConfig(sink="static"), CacheConfig(sink="none"), CacheConfig(window_frames=None, max_frames=30)],
+                         ids=["ema", "static", "window", "full"])
+@pytest.mark.parametrize("frames, per_block", [(21, 3), (10, 3), (8, 1), (11, 4)])
+def test_any_frame_count_and_block_size(cache, frames, per_block):
+    if cache.window_frames and frames % per_block + per_block > cache.window_frames - cache.num_sink:
+        return
+    sampler = StreamSampler(small_net().requires_grad_(False), steps=(1000, 500), frames_per_block=per_block, cache=cache)
+    out = sampler.sample(randn(2, frames, 4, 4, 6), randn(2, 5, 16), generator=torch.Generator().manual_seed(0))
+    assert out.shape == (2, frames, 4, 4, 6) and out.isfinite().all()
+
+
+def test_clips_of_a_batch_do_not_mix():
+    net, noise, prompt = small_net().requires_grad_(False), randn(2, 12, 4, 4, 6), randn(2, 5, 16, seed=1)
+    renoise = [[randn(2, 3, 4, 4, 6, seed=10 * b + s) for s in range(3)] for b in range(4)]
+    both = StreamSampler(net).sample(noise, prompt, renoise)
+    for i in range(2):
+        alone = StreamSampler(net).sample(noise[i:i + 1], prompt[i:i + 1], [[r[i:i + 1] for r in row] for row in renoise])
+        assert relative_error(alone, both[i:i + 1]) < 1e-5
+
+
+def test_a_stream_does_not_depend_on_how_much_of_it_is_asked_for():
+    net, prompt = small_net().requires_grad_(False), randn(1, 5, 16)
+    long = list(StreamSampler(net).stream(prompt, torch.Generator().manual_seed(3), num_blocks=8))
+    short = list(StreamSampler(net).stream(prompt, torch.Generator().manual_seed(3), num_blocks=5))
+    assert all(torch.equal(a, b) for a, b in zip(short, long))
+
+
+def test_an_endless_stream_keeps_no_history():
+    net, prompt = small_net().requires_grad_(False), randn(1, 5, 16)
+    stream = StreamSampler(net, steps=(1000,)).stream(prompt, torch.Generator().manual_seed(0))
+    for _ in range(300):
+        block = next(stream)
+    assert block.isfinite().all() and len(stream.recent) == 3 and stream.cache.length == 9
+
+
+@pytest.mark.parametrize("evict", [True, False])
+@pytest.mark.parametrize("exit_steps", [[0], [3], [1, 3, 0, 2]])
+def test_gradient_reaches_the_weights_of_every_exit(evict, exit_steps):
+    net = small_net()
+    r = self_forcing_rollout(net, randn(1, 12, 4, 4, 6), randn(1, 5, 16), FlowSchedule(), exit_steps=exit_steps, evict=evict,
+                             cache=CacheConfig(alpha=0.5), generator=torch.Generator().manual_seed(0))
+    for part in r.latents.split(3, 1):
+        grads = torch.autograd.grad(part.sum(), [p for p in net.parameters()], retain_graph=True, allow_unused=True)
+        assert sum(g is not None and bool(g.abs().max() > 0) for g in grads) > 20
+
+
+def test_a_rollout_without_gradients_builds_no_graph():
+    net = small_net()
+    with torch.no_grad():
+        r = self_forcing_rollout(net, randn(1, 6, 4, 4, 6), randn(1, 5, 16), FlowSchedule(), generator=torch.Generator().manual_seed(0))
+    assert not r.latents.requires_grad
+
+
+def test_bfloat16_network_with_float32_latents():
+    """Latents stay in float32 between steps; only the network's input is cast."""
+    net = small_net().requires_grad_(False)
+    noise, prompt = randn(1, 6, 4, 4, 6), randn(1, 5, 16)
+    renoise = [[randn(1, 3, 4, 4, 6, seed=10 * b + s) for s in range(3)] for b in range(2)]
+    reference = StreamSampler(net).sample(noise, prompt, renoise)
+    half = StreamSampler(net.bfloat16()).sample(noise, prompt.bfloat16(), renoise)
+    assert half.dtype == torch.float32 and relative_error(half, reference) < 3e-2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_gpu_streams_the_same_video():
+    net, prompt = small_net().requires_grad_(False), randn(1, 5, 16)
+    noise, renoise = randn(1, 12, 4, 4, 6), [[randn(1, 3, 4, 4, 6, seed=10 * b + s) for s in range(3)] for b in range(4)]
+    reference = StreamSampler(net).sample(noise, prompt, renoise)
+    ours = StreamSampler(net.cuda()).sample(noise.cuda(), prompt.cuda(), renoise)
+    assert relative_error(ours.cpu(), reference) < 1e-3
