@@ -38,8 +38,8 @@ from .world import (Caption, Oracle, caption_split, mixed_clips, motion_error, p
 # %% auto #0
 __all__ = ['PARTS', 'ROLLOUT', 'COMMANDS', 'writable_folder', 'side_by_side', 'describe', 'demo', 'train_codec', 'thin_log',
            'train_teacher_command', 'evaluate_teacher_command', 'make_pairs', 'initialise_student', 'evaluate_student',
-           'median_seconds', 'training_step', 'BenchParts', 'bench_parts', 'Stopwatch', 'time_blocks', 'split_times',
-           'BenchRollout', 'stream_for_bench', 'bench_rollout', 'bench', 'main']
+           'median_seconds', 'training_step', 'BenchParts', 'bench_parts', 'Stopwatch', 'time_blocks',
+           'late_over_early', 'split_times', 'BenchRollout', 'stream_for_bench', 'bench_rollout', 'bench', 'main']
 
 # %% ../nbs/cli.ipynb #79a8d4a1
 def writable_folder(out: str | Path) -> Path:
@@ -189,7 +189,7 @@ def evaluate_student(student: str | None = None, out: str = "data_samples", seed
     """
     folder, model, oracle = writable_folder(out), load_student(student), Oracle()
     captions, rows = caption_split()[1][::max(1, 256 // limit)][:limit], {}
-    for name, cache in progress_bar(policies(2 + seconds * 4).items(), "policies"):
+    for name, cache in progress_bar(policies(3 + seconds * 4).items(), "policies"):
         rows[name] = [{k: round(v, 4) for k, v in row.items()} for row in drift(model, captions, cache, oracle, seconds, seed=seed)]
     report = {"captions": len(captions), "seed": seed, "seconds": seconds, "torch": torch.__version__, "policies": rows}
     (folder / "tiny_student_report.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -270,11 +270,19 @@ def time_blocks(stream: Stream, decode: Callable, blocks: int, peak_every: int) 
         block_ms.append(round(1e3 * (watch.seconds["block"] - before), 2))
         if b % peak_every == 0 or b == blocks - 1:
             peak_mb.append(round(torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else getrusage(RUSAGE_SELF).ru_maxrss / 1e3, 1))
-    median = lambda part: torch.tensor(part).median().item()
-    tenth = max(1, blocks // 10)
-    ratio = median(block_ms[-tenth:]) / median(block_ms[10:10 + tenth] or block_ms)
-    return {"blocks": blocks, "batch": len(stream.prompt_embeds), "ratio": round(ratio, 4), "frames_per_second": round(frames / watch.seconds["block"], 2),
+    return {"blocks": blocks, "batch": len(stream.prompt_embeds), "frames_per_second": round(frames / watch.seconds["block"], 2),
             "peak_every": peak_every, "peak_mb": peak_mb, "block_ms": block_ms}
+
+def late_over_early(late: Stream, early: Stream, decode: Callable, pairs: int = 100) -> float:
+    """Median over pairs of (time of a block of `late`) / (time of a block of `early`), taken in turns: whatever else the machine does hits both."""
+    watch, ratios = Stopwatch(late.prompt_embeds.device), []
+    step = {name: watch.wrap(lambda stream=stream: decode(next(stream)), name) for name, stream in (("late", late), ("early", early))}
+    for i in range(pairs):
+        before = dict(watch.seconds)
+        for name in ("late", "early") if i % 2 else ("early", "late"):
+            step[name]()
+        ratios.append((watch.seconds["late"] - before.get("late", 0)) / (watch.seconds["early"] - before.get("early", 0)))
+    return torch.tensor(ratios).median().item()
 
 # %% ../nbs/cli.ipynb #36af2324
 def split_times(stream: Stream, decode: Callable, blocks: int) -> dict[str, float]:
@@ -332,11 +340,15 @@ def bench_rollout(preset: str | None, blocks: int | None, batch: int, window_fra
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
     print(f"{machine}, torch {torch.__version__}, {name} in {stream.prompt_embeds.dtype}, {stream.cache.net.latent_size} latents, batch {batch}, {attention}")
     result = time_blocks(stream, decode, count, peak_every=max(1, count // 20))
+    young = stream.sampler.stream(stream.prompt_embeds, torch.Generator(device).manual_seed(0))
+    for _ in range(10):
+        next(young)
+    result["ratio"] = round(late_over_early(stream, young, decode, pairs=min(100, count)), 4)
     split = {part: round(ms, 3) for part, ms in split_times(stream, decode, 10).items()}
     for part, ms in split.items():
         print(f"{part:36} {ms:9.2f} ms")
     print(f"video frames per second and clip     {result['frames_per_second']:9.1f}    (denoising, cache and decoding; not the prompt)")
-    print(f"last tenth of {count} blocks over the tenth from block 10 on: {result['ratio']:.3f}; peak memory {result['peak_mb'][0]:.0f} MB at first, {result['peak_mb'][-1]:.0f} MB at the end")
+    print(f"time of block {count} over block 10, taken in turns: {result['ratio']:.3f}; peak memory {result['peak_mb'][0]:.0f} MB at first, {result['peak_mb'][-1]:.0f} MB at the end")
     if folder:
         (folder / "rollout_bench.json").write_text(json.dumps({"machine": machine, "torch": torch.__version__, "preset": name, "split_ms": split} | result) + "\n")
 
