@@ -43,8 +43,8 @@ def execute(path: Path) -> nbformat.NotebookNode:
     """Run a notebook from top to bottom in a fresh kernel, in its own folder, and return it with its outputs."""
     nb = nbformat.read(path, as_version=4)
     env = {**os.environ, **STATIC}
-    client = NotebookClient(nb, timeout=600, kernel_name="python3", store_widget_state=False,
-                            resources={"metadata": {"path": str(NBS)}})
+    client = NotebookClient(nb, timeout=600, kernel_name="python3", store_widget_state=False, resources={"metadata": {"path": str(NBS)}},
+                            coalesce_streams=True)      # else one cell's prints come in two parts where the machine pauses
     client.execute(env=env)
     nb.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}, "executed": fingerprint(nb)}
     return nb
