@@ -27,8 +27,11 @@ from .cache import CacheConfig
 from .codec import WanVAECodec, load_codec, save_codec
 from .conventions import data_path, default_device, default_dtype, film_strip, write_mp4
 from .conventions import progress as progress_bar
+from .objective import METHODS, Distillation, Distiller
+from .reward import RewardTrainer, RewardTraining, calibrate, load_reward, pair_accuracy, save_reward
 from .rollout import (Stream, StreamSampler, StudentTrainer, StudentTraining, drift, load_ode_pairs, load_student, make_ode_pairs,
                                   policies)
+from .saliency import pixel_saliency
 from .teacher import (TeacherTraining, codec_floor, evaluate_teacher, load_teacher, run_training, save_teacher, seeded, tiny_codec,
                                   train_teacher)
 from .transformer import WanConfig, WanTransformer
@@ -36,10 +39,11 @@ from .world import (Caption, Oracle, caption_split, mixed_clips, motion_error, p
                                 sample_clips)
 
 # %% auto #0
-__all__ = ['PARTS', 'ROLLOUT', 'COMMANDS', 'writable_folder', 'side_by_side', 'describe', 'demo', 'train_codec', 'thin_log',
-           'train_teacher_command', 'evaluate_teacher_command', 'make_pairs', 'initialise_student', 'evaluate_student',
-           'median_seconds', 'training_step', 'BenchParts', 'bench_parts', 'Stopwatch', 'time_blocks',
-           'late_over_early', 'split_times', 'BenchRollout', 'stream_for_bench', 'bench_rollout', 'bench', 'main']
+__all__ = ['PARTS', 'ROLLOUT', 'STEP', 'COMMANDS', 'writable_folder', 'side_by_side', 'describe', 'demo', 'train_codec',
+           'thin_log', 'train_teacher_command', 'evaluate_teacher_command', 'make_pairs', 'initialise_student',
+           'evaluate_student', 'train_reward', 'median_seconds', 'training_step', 'BenchParts', 'bench_parts',
+           'Stopwatch', 'time_blocks', 'late_over_early', 'split_times', 'BenchRollout', 'stream_for_bench',
+           'bench_rollout', 'BenchStep', 'saliency_passes', 'bench_step', 'bench', 'main']
 
 # %% ../nbs/cli.ipynb #79a8d4a1
 def writable_folder(out: str | Path) -> Path:
@@ -195,6 +199,24 @@ def evaluate_student(student: str | None = None, out: str = "data_samples", seed
     (folder / "tiny_student_report.json").write_text(json.dumps(report, indent=1) + "\n")
     for name, row in rows.items():
         print(f"{name:16}" + "  ".join(f"{k} {row[0][k]:.3f} -> {row[-1][k]:.3f}" for k in ("digit", "motion_error", "sharpness", "flicker")))
+
+# %% ../nbs/cli.ipynb #cdaa9354
+def train_reward(training: RewardTraining = RewardTraining(), run: str = "runs/tiny_reward", out: str = "data_samples") -> None:
+    """Train the tiny reward model on comparisons, or go on with a run that was interrupted; calibrate it; print its accuracy on held-out pairs.
+
+    Args:
+        training: Settings of the training.
+        run: Folder for checkpoint.safetensors and log.jsonl.
+        out: Folder for tiny_reward.safetensors and tiny_reward_log.jsonl once the training is complete.
+    """
+    folder, target, codec = writable_folder(run), writable_folder(out), load_codec(data_path("tiny_codec.safetensors"))
+    trainer = RewardTrainer(training, codec)
+    run_training(trainer, folder, json.dumps({"training": asdict(training)}), "reward")
+    records = thin_log((folder / "log.jsonl").read_text().splitlines(), every=20)
+    (target / "tiny_reward_log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    model = calibrate(trainer.average, codec)
+    print("held-out pairs ordered right:", {axis: round(share, 4) for axis, share in pair_accuracy(model, codec).items()})
+    print("wrote", save_reward(target / "tiny_reward.safetensors", model, training))
 
 # %% ../nbs/cli.ipynb #5cd60d16
 def median_seconds(statement: str, scope: dict, min_seconds: float = 1.0) -> float:
@@ -353,16 +375,63 @@ def bench_rollout(preset: str | None, blocks: int | None, batch: int, window_fra
         (folder / "rollout_bench.json").write_text(json.dumps({"machine": machine, "torch": torch.__version__, "preset": name, "split_ms": split} | result) + "\n")
 
 # %% ../nbs/cli.ipynb #bb83d581
+@dataclass
+class BenchStep:
+    """Time scores and saliency against their parts, and a whole training step of the tiny world."""
+    batch: int = 8
+    repeats: int = 10
+    steps: int = 5              # training steps, after one for warming up
+
+def saliency_passes(batch: int) -> dict[str, Callable]:
+    """Four ways through the reward model on a batch: what we do, the backward passes alone, and two ways that score first."""
+    model, captions = load_reward(), caption_split()[1][:batch]
+    pixels, prompts = sample_clips(captions, seeded(0)).requires_grad_(), [str(c) for c in captions]
+    scores = model(pixels, prompts)
+    differentiate = lambda rewards, axis: torch.autograd.grad(rewards[axis].sum(), pixels, retain_graph=True)[0].norm(dim=2)
+
+    def score_only():
+        with torch.no_grad():
+            return model(pixels, prompts)
+
+    return {"scores and saliency, one forward": lambda: pixel_saliency(model, pixels, prompts),
+            "three backward passes alone": lambda: [differentiate(scores, axis) for axis in model.axes],
+            "score, then forward and three backward": lambda: (score_only(), pixel_saliency(model, pixels, prompts)),
+            "score, then forward and backward per axis": lambda: (score_only(), [differentiate(model(pixels, prompts), axis) for axis in model.axes])}
+
+def bench_step(batch: int, repeats: int, steps: int) -> None:
+    """Print medians taken in turns, and their ratios; arguments as in `BenchStep`."""
+    watch, passes = Stopwatch(torch.device("cpu")), saliency_passes(batch)
+    times = {name: [] for name in passes}
+    for repeat in range(repeats + 1):
+        for name, run in passes.items():
+            before = watch.seconds[name]
+            watch.wrap(run, name)()
+            times[name] += [watch.seconds[name] - before] if repeat else []
+    median = {name: torch.tensor(t).median().item() for name, t in times.items()}
+    ours = next(iter(median.values()))
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {batch}")
+    for name, seconds in median.items():
+        print(f"{name:44} {1e3 * seconds:8.1f} ms    {seconds / ours:.2f} of ours")
+    distiller = Distiller(load_teacher(), load_student(), load_reward(), [str(c) for c in caption_split()[0]], METHODS["Stream-R1"], Distillation(batch=batch))
+    step = watch.wrap(distiller.step, "step")
+    step()
+    watch.seconds.pop("step"), watch.calls.pop("step")
+    for _ in range(steps):
+        step()
+    print(f"{'training step: 3 critic, 1 generator, reward':44} {watch.mean_ms('step'):8.1f} ms")
+
+# %% ../nbs/cli.ipynb #222b9cde
 PARTS = Annotated[BenchParts, tyro.conf.subcommand("parts", prefix_name=False)]
 ROLLOUT = Annotated[BenchRollout, tyro.conf.subcommand("rollout", prefix_name=False)]
+STEP = Annotated[BenchStep, tyro.conf.subcommand("step", prefix_name=False)]
 
-def bench(what: tyro.conf.OmitArgPrefixes[PARTS | ROLLOUT] = BenchParts()) -> None:
-    """Measure this machine: `streamr1 bench parts` or `streamr1 bench rollout`."""
-    (bench_parts if isinstance(what, BenchParts) else bench_rollout)(**vars(what))
+def bench(what: tyro.conf.OmitArgPrefixes[PARTS | ROLLOUT | STEP] = BenchParts()) -> None:
+    """Measure this machine: `streamr1 bench parts`, `streamr1 bench rollout` or `streamr1 bench step`."""
+    {BenchParts: bench_parts, BenchRollout: bench_rollout, BenchStep: bench_step}[type(what)](**vars(what))
 
 # %% ../nbs/cli.ipynb #5d6d2219
 COMMANDS = {"demo": demo, "train-codec": train_codec, "train-teacher": train_teacher_command, "evaluate-teacher": evaluate_teacher_command,
-            "make-pairs": make_pairs, "initialise-student": initialise_student, "evaluate-student": evaluate_student, "bench": bench}
+            "make-pairs": make_pairs, "initialise-student": initialise_student, "evaluate-student": evaluate_student, "train-reward": train_reward, "bench": bench}
 
 def main(args: list[str] | None = None) -> int:
     """Run a command; the exit code is 0, 2 for a mistake of the user's (one line on stderr), or 130 for Ctrl-C."""

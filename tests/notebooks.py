@@ -18,7 +18,8 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 STATIC = {"STREAMR1_STATIC": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONWARNINGS": "ignore",
-          "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+          "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1",
+          "OMP_WAIT_POLICY": "PASSIVE"}       # on a busy machine spinning threads slow a notebook down tenfold
 NOISE = {"absolute path": r"(?<![\w.:/])/(?:home|root|tmp|usr|work|mnt|Users|var)/|[A-Z]:\\\\",
          "timing": r"\b\d+(?:\.\d+)?\s?(?:ms|µs|us|seconds|it/s|s/it)\b|Wall time|CPU times",
          "warning": r"Warning\b|\bDeprecat", "progress bar": r"\d+%\|",
