@@ -2,6 +2,8 @@
 # make test   everything that CI checks: export, clean notebooks, every notebook in a fresh kernel, pytest
 PYTHON ?= python3
 PY := .venv/bin/python
+# waiting threads sleep: where other work shares the cores, spinning ones cost a factor of five and more
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test bench notebooks export check readme teacher lock clean
 
