@@ -38,10 +38,11 @@ class CacheConfig:
         if self.window_frames is not None and self.window_frames <= self.num_sink:
             raise ValueError(f"window_frames: expected more than sink_frames={self.num_sink}, got {self.window_frames}")
 
-    @property
-    def num_sink(self) -> int:
-        "Frames that are kept for good; none without a window, since nothing leaves then."
-        return 0 if self.sink == "none" or self.window_frames is None else self.sink_frames
+# %% ../nbs/05_sink_cache.ipynb #451a494b
+@patch(as_prop=True)
+def num_sink(self: CacheConfig) -> int:
+    "Frames that are kept for good; none without a window, since nothing leaves then."
+    return 0 if self.sink == "none" or self.window_frames is None else self.sink_frames
 
 # %% ../nbs/05_sink_cache.ipynb #96ac8c83
 class KVCache:

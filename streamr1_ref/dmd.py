@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from fastcore.basics import patch
@@ -15,7 +15,6 @@ from torch import nn
 from .conventions import check_tensor
 from .flow import FlowSchedule, flow_to_x0, mix_noise
 from .teacher import seeded
-from .transformer import WanTransformer
 
 # %% auto #0
 __all__ = ['guided', 'dmd_gradient', 'toward', 'dmd_loss', 'critic_loss', 'predictions', 'score_timesteps', 'Mixture', 'PlaneNet',
@@ -53,7 +52,7 @@ def dmd_gradient(x: torch.Tensor, fake_cond: torch.Tensor, real_cond: torch.Tens
 # %% ../nbs/07_dmd_gradient.ipynb #d1000354
 def toward(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """0.5 (x - stop(x - gradient))^2 per element, float64: its derivative in x is `gradient`, whatever x is."""
-    return 0.5 * (x.double() - (x - gradient).detach().double()).square()
+    return 0.5 * (x.double() - (x.double() - gradient.double()).detach()).square()
 
 def dmd_loss(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """Mean of `toward`; a scalar. It measures the gradient's size, not progress."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,6 @@ from .cache import CacheConfig
 from .codec import LatentCodec
 from .conventions import check_tensor
 from .dmd import critic_loss, dmd_gradient, predictions, score_timesteps, toward
-from .flow import FlowSchedule
 from .reliability import effective_sample_size, rollout_weight
 from .reward import AXES, RewardModel
 from .rollout import TinyStudent, self_forcing_rollout
@@ -134,7 +134,7 @@ class Distiller:
         self.student_optimizer, self.critic_optimizer = adam(self.student, cfg.student_lr), adam(self.critic, cfg.critic_lr)
         self.balance = AdaptiveBalance(weighting.balance, weighting.balance_window, weighting.balance_warmup)
         self.generator = torch.Generator().manual_seed(cfg.seed)
-        self.skipped = 0
+        self.step_count, self.skipped = 0, 0
 
 # %% ../nbs/12_stream_r1.ipynb #b450f0c9
 @patch
@@ -148,10 +148,12 @@ def rollout(self: Distiller) -> tuple[torch.Tensor, list[str], torch.Tensor]:
 
 @patch
 def apply(self: Distiller, net: WanTransformer, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> float:
-    "Backward, clip, step; returns the gradient's norm."
+    "Backward, clip, step; returns the gradient's norm. FloatingPointError, with the weights untouched, if it or the loss is not finite."
     optimizer.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), self.cfg.clip_norm).item()
+    if not math.isfinite(loss.item() + norm):
+        raise FloatingPointError(f"loss, gradient: not finite, got {loss.item()} and the norm {norm}")
     optimizer.step()
     return norm
 
@@ -190,9 +192,10 @@ def generator_step(self: Distiller) -> dict[str, float]:
 @patch
 def step(self: Distiller) -> dict[str, float]:
     "Critic steps, then one generator step. A step whose rewards, gradients or losses are not finite is skipped and counted."
-    critic = [self.critic_step() for _ in range(self.cfg.critic_steps)]
+    self.step_count += 1
     try:
+        critic = [self.critic_step() for _ in range(self.cfg.critic_steps)]
         return {"critic": sum(critic) / max(1, len(critic)), **self.generator_step()}
     except FloatingPointError as error:
         self.skipped += 1
-        return {"critic": sum(critic) / max(1, len(critic)), "skipped": str(error)}
+        return {"skipped": f"step {self.step_count}: {error}"}

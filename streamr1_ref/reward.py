@@ -18,8 +18,8 @@ from torch import nn
 
 from .codec import LatentCodec, to_patches
 from .conventions import check_tensor, data_path, load_tensors, save_tensors
-from .teacher import WORDS, seeded, tokenize, update
-from .world import (COLOURS, DIRECTIONS, SPEEDS, Caption, WorldConfig, blur, caption_split, flicker, freeze, jitter,
+from .teacher import WORDS, Training, seeded, tokenize, update
+from .world import (COLOURS, DIRECTIONS, SPEEDS, Caption, blur, caption_split, flicker, freeze, jitter,
                                 sample_clips)
 
 # %% auto #0
@@ -146,19 +146,12 @@ def forward(self: TinyReward, pixels: torch.Tensor, prompts: list[str]) -> dict[
 
 # %% ../nbs/08_reward_model.ipynb #e7efd3b6
 @dataclass(frozen=True)
-class RewardTraining:
+class RewardTraining(Training):
     """Settings of the reward model's training; the defaults made the shipped one."""
     steps: int = 2500
     batch: int = 32
-    lr: float = 2e-3               # peak: up to 100 steps of warm-up, then linear to zero
-    clip_norm: float = 1.0
+    lr: float = 2e-3
     ema: float = 0.99
-    seed: int = 0
-    save_every: int = 250
-
-    def learning_rate(self, step: int) -> float:
-        "Learning rate of `step`."
-        return self.lr * min(1.0, (step + 1) / min(100, 1 + self.steps // 10)) * (1 - step / self.steps)
 
 # %% ../nbs/08_reward_model.ipynb #aa483365
 def preference_loss(model: TinyReward, batch: PreferenceBatch) -> torch.Tensor:
@@ -187,8 +180,8 @@ class RewardTrainer:
 
 # %% ../nbs/08_reward_model.ipynb #00c03b93
 @torch.no_grad()
-def calibrate(model: TinyReward, codec: LatentCodec, seed: int = 0, clips: int = 464) -> TinyReward:
-    """Set mean and std of `model` from its raw scores on spoiled training clips with their own sentences; returns it."""
+def calibrate(model: TinyReward, codec: LatentCodec, seed: int = 0, clips: int | None = None) -> TinyReward:
+    """Set mean and std of `model` from its raw scores on spoiled clips of the first `clips` training captions (all), with their own sentences; returns it."""
     batch = preference_batch(caption_split()[0][:clips], codec, seeded(seed, -1))
     scores = model.raw_scores(model.features(batch.pixels), batch.right)
     model.mean.copy_(scores.mean(0)); model.std.copy_(scores.std(0))

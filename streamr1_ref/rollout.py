@@ -20,8 +20,8 @@ from .cache import CacheConfig, KVCache, make_cache
 from .codec import LatentCodec
 from .conventions import check_tensor, data_path, load_tensors, save_tensors
 from .conventions import progress as progress_bar
-from .flow import FlowSchedule, euler_sample
-from .teacher import TextToLatents, TinyTeacher, load_teacher, run_training, seeded, update
+from .flow import FlowSchedule
+from .teacher import TextToLatents, TinyTeacher, Training, load_teacher, run_training, seeded, update
 from .transformer import WanTransformer
 from .world import Caption, Oracle, caption_split, judge, read_glyphs
 
@@ -265,19 +265,12 @@ def regression_loss(model: TextToLatents, path: torch.Tensor, prompts: list[str]
 
 # %% ../nbs/06_self_forcing.ipynb #fe0d9d96
 @dataclass(frozen=True)
-class StudentTraining:
+class StudentTraining(Training):
     """Settings of the causal initialisation; the defaults made the shipped student."""
     steps: int = 4000
     batch: int = 16
-    lr: float = 1e-3               # peak: up to 100 steps of warm-up, then linear to zero
-    clip_norm: float = 1.0
+    lr: float = 1e-3
     ema: float = 0.995
-    seed: int = 0
-    save_every: int = 250
-
-    def learning_rate(self, step: int) -> float:
-        "Learning rate of `step`."
-        return self.lr * min(1.0, (step + 1) / min(100, 1 + self.steps // 10)) * (1 - step / self.steps)
 
 # %% ../nbs/06_self_forcing.ipynb #e618cb45
 class StudentTrainer:

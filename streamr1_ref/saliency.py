@@ -41,9 +41,9 @@ def patch_saliency(gradient: torch.Tensor, grid: tuple[int, int, int], merge: in
 
 # %% ../nbs/10_saliency.ipynb #c438100a
 def pool_to_latent(saliency: torch.Tensor, latent_size: tuple[int, int, int], causal: bool = False) -> torch.Tensor:
-    """Maps [B,T,H,W] -> [B,F,h,w]: trilinear (published), or, if `causal`, the mean over the pixels that a latent stands for.
+    """Maps [B,T,H,W] -> [B,F,h,w]: trilinear (published), or, if `causal`, collected from the pixels that a latent stands for.
 
-    A causal codec's first latent frame is the first video frame alone, each further one a group of (T-1)/(F-1).
+    A causal codec's first latent frame is the first video frame alone, each further one a group of (T-1)/(F-1): mean over a region, sum over the group.
     """
     B, T, H, W = check_tensor("saliency", saliency, "B T H W").shape
     n, h, w = latent_size
@@ -52,7 +52,7 @@ def pool_to_latent(saliency: torch.Tensor, latent_size: tuple[int, int, int], ca
     if H % h or W % w or (n == 1) != (T == 1) or n > 1 and (T - 1) % (n - 1):
         raise ValueError(f"latent_size: a causal codec makes no {latent_size} of {T} frames of {H}x{W}")
     cells = F.avg_pool2d(saliency, (H // h, W // w))
-    return torch.cat([cells[:, :1], cells[:, 1:].unflatten(1, (n - 1, -1)).mean(2)], 1) if n > 1 else cells
+    return torch.cat([cells[:, :1], cells[:, 1:].unflatten(1, (n - 1, -1)).sum(2)], 1) if n > 1 else cells
 
 # %% ../nbs/10_saliency.ipynb #d3d2b846
 def fuse_axes(maps: dict[str, torch.Tensor], rewards: dict[str, torch.Tensor], mode: str = "adaptive", temperature: float = 1.0) -> torch.Tensor:
@@ -62,11 +62,12 @@ def fuse_axes(maps: dict[str, torch.Tensor], rewards: dict[str, torch.Tensor], m
     if mode not in ("adaptive", "mean", "max") or not temperature > 0:
         raise ValueError(f"mode, temperature: expected adaptive, mean or max and a positive number, got {mode!r}, {temperature}")
     stacked = torch.stack([check_tensor(f"maps[{axis}]", m, "B F H W") for axis, m in maps.items()])          # [axes,B,F,H,W]
+    reward = torch.stack([check_tensor(f"rewards[{axis}]", torch.as_tensor(r).to(stacked).reshape(-1), "B", B=stacked.shape[1]) for axis, r in rewards.items()])
     if mode == "max":
         return stacked.amax(0)
     if mode == "mean":
         return stacked.mean(0)
-    reward = torch.stack([torch.as_tensor(r, dtype=stacked.dtype, device=stacked.device).reshape(-1) for r in rewards.values()])
+
     return ((-reward / temperature).softmax(0)[..., None, None, None] * stacked).sum(0)
 
 # %% ../nbs/10_saliency.ipynb #2b5b220d

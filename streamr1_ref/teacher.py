@@ -24,9 +24,9 @@ from .world import (COLOURS, DIRECTIONS, SPEEDS, Caption, Oracle, WorldConfig, c
                                 motion_error, sharpness)
 
 # %% auto #0
-__all__ = ['WORDS', 'TextEncoder', 'WordEncoder', 'tokenize', 'TextToLatents', 'TeacherTraining', 'seeded', 'training_batch',
-           'flow_loss', 'TeacherTrainer', 'update', 'checkpoint_tensors', 'restore', 'run_training', 'train_teacher',
-           'tiny_codec', 'TinyTeacher', 'save_teacher', 'load_teacher', 'seen_defects', 'report_row',
+__all__ = ['WORDS', 'TextEncoder', 'WordEncoder', 'tokenize', 'TextToLatents', 'Training', 'TeacherTraining', 'seeded',
+           'training_batch', 'flow_loss', 'TeacherTrainer', 'update', 'checkpoint_tensors', 'restore', 'run_training',
+           'train_teacher', 'tiny_codec', 'TinyTeacher', 'save_teacher', 'load_teacher', 'seen_defects', 'report_row',
            'evaluate_teacher', 'codec_floor']
 
 # %% ../nbs/03b_tiny_teacher.ipynb #9dbdb16a
@@ -73,29 +73,37 @@ class TextToLatents(nn.Module):
 
 # %% ../nbs/03b_tiny_teacher.ipynb #2d32fbc6
 @dataclass(frozen=True)
-class TeacherTraining:
-    """Settings of the teacher's training; the defaults made the shipped weights."""
-    steps: int = 13000
-    batch: int = 24                # clips of full length; of short ones as many as make the same number of latent frames
-    short_steps: float = 0.6       # share of the steps, the first ones, on short clips
-    short_latents: int = 3         # latent frames of a short clip
-    lr: float = 3e-3               # peak: up to 100 steps of warm-up, then linear to zero
+class Training:
+    """What every training by `run_training` needs."""
+    steps: int
+    batch: int                     # clips a step
+    lr: float                      # peak: up to 100 steps of warm-up, then linear to zero
     clip_norm: float = 1.0         # of the gradient
     ema: float = 0.999             # of the weights
-    drop_caption: float = 0.1
-    degraded: float = 0.5          # share of spoiled clips
-    shift: float = 3.0             # of the noise levels
     seed: int = 0
     save_every: int = 250          # steps between checkpoints
-
-    def latent_frames(self, step: int, full: int) -> int:
-        "Latent frames of the clips of `step`, `full` being those of a whole clip."
-        return self.short_latents if step < self.short_steps * self.steps else full
 
     def learning_rate(self, step: int) -> float:
         "Learning rate of `step`."
         warm_up = min(100, 1 + self.steps // 10)
         return self.lr * min(1.0, (step + 1) / warm_up) * (1 - step / self.steps)
+
+# %% ../nbs/03b_tiny_teacher.ipynb #4145b2e2
+@dataclass(frozen=True)
+class TeacherTraining(Training):
+    """Settings of the teacher's training; the defaults made the shipped weights."""
+    steps: int = 13000
+    batch: int = 24                # clips of full length; of short ones as many as make the same number of latent frames
+    lr: float = 3e-3
+    short_steps: float = 0.6       # share of the steps, the first ones, on short clips
+    short_latents: int = 3         # latent frames of a short clip
+    drop_caption: float = 0.1
+    degraded: float = 0.5          # share of spoiled clips
+    shift: float = 3.0             # of the noise levels
+
+    def latent_frames(self, step: int, full: int) -> int:
+        "Latent frames of the clips of `step`, `full` being those of a whole clip."
+        return self.short_latents if step < self.short_steps * self.steps else full
 
 # %% ../nbs/03b_tiny_teacher.ipynb #f014304d
 def seeded(seed: int, step: int = 0) -> torch.Generator:

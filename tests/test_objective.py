@@ -50,9 +50,9 @@ def test_every_method_takes_a_step(world, method):
     assert (record["weight"] == 1.0) == (METHODS[method].beta == 0)
 
 
-@pytest.mark.parametrize("where", ["reward", "critic"])
-def test_a_step_that_is_not_finite_is_skipped_and_counted(world, where):
-    run = Distiller(*world, METHODS["Stream-R1"], Distillation(batch=2, critic_steps=0))
+@pytest.mark.parametrize("where, critic_steps", [("reward", 0), ("critic", 0), ("critic", 1)])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(world, where, critic_steps):
+    run = Distiller(*world, METHODS["Stream-R1"], Distillation(batch=2, critic_steps=critic_steps))
     if where == "reward":
         good = run.reward
         run.reward = lambda pixels, prompts: {a: r * (float("inf") if a == "TA" else 1) for a, r in good(pixels, prompts).items()}
@@ -60,7 +60,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(world, where):
         next(run.critic.parameters()).data.fill_(float("nan"))
     before = [p.clone() for p in run.student.parameters()]
     record = run.step()
-    assert "not finite" in record["skipped"] and run.skipped == 1
+    assert record["skipped"].startswith("step 1: ") and "not finite" in record["skipped"] and run.skipped == 1
+    assert run.critic_optimizer.state == {}                      # the critic was not trained on it either
     assert all(torch.equal(a, b) for a, b in zip(before, run.student.parameters()))
 
 
