@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,13 +15,14 @@ import av
 import ipywidgets
 import torch
 from IPython.display import display
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 # %% auto #0
-__all__ = ['check_tensor', 'save_tensors', 'load_tensors', 'data_path', 'default_device', 'default_dtype', 'film_strip',
-           'write_mp4', 'read_mp4', 'explore', 'progress']
+__all__ = ['check_tensor', 'save_tensors', 'load_tensors', 'writable_folder', 'data_path', 'default_device', 'default_dtype',
+           'film_strip', 'to_bytes', 'write_mp4', 'write_gif', 'read_mp4', 'side_by_side', 'explore', 'progress']
 
 # %% ../nbs/conventions.ipynb #52449368
 def check_tensor(name: str, x: torch.Tensor, layout: str, **sizes: int) -> torch.Tensor:
@@ -73,6 +75,20 @@ def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> tuple[
     except SafetensorError as error:
         raise ValueError(f"path: {path} ({path.stat().st_size} bytes) is truncated or not a safetensors file: {error}") from error
 
+# %% ../nbs/conventions.ipynb #084e8139
+def writable_folder(out: str | Path, needs: int = 4096) -> Path:
+    """Make the folder `out` if needed, check that a file can be written there and that `needs` bytes are free, and return it; else OSError naming the folder."""
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".write-test").write_bytes(bytes(4096))
+        (folder / ".write-test").unlink()
+    except OSError as error:
+        raise OSError(f"out: expected a folder that can be written, got {folder} ({error.strerror})") from error
+    if (free := shutil.disk_usage(folder).free) < needs:
+        raise OSError(f"out: expected {needs / 1e6:.0f} MB free for {folder}, there are {free / 1e6:.0f} MB")
+    return folder
+
 # %% ../nbs/conventions.ipynb #76ee0af9
 def data_path(name: str) -> Path:
     """Path of the file `name` in data_samples/ of the clone this package was installed from (`pip install -e .`)."""
@@ -100,20 +116,31 @@ def film_strip(pixels: torch.Tensor, every: int = 4, gap: int = 1) -> torch.Tens
     return canvas.permute(0, 3, 1, 4, 2).reshape(B * (H + gap), n * (W + gap), 3)
 
 # %% ../nbs/conventions.ipynb #ae2b5c0d
+def to_bytes(clip: torch.Tensor, enlarge: int = 1) -> torch.Tensor:
+    """A clip [T,3,H,W] in [0,1] as bytes [T,H*enlarge,W*enlarge,3]; each pixel becomes a square."""
+    frames = check_tensor("clip", clip, "T C H W", C=3).detach().float().cpu().clamp(0, 1).mul(255).round().byte()
+    return frames.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3).permute(0, 2, 3, 1).contiguous()
+
 def write_mp4(path: str | Path, clip: torch.Tensor, fps: int = 16, enlarge: int = 1) -> Path:
     """Write one clip [T,3,H,W] in [0,1] as H.264; each pixel becomes a square of `enlarge` pixels. Returns the path."""
-    T, C, H, W = check_tensor("clip", clip, "T C H W", C=3).shape
-    if H * enlarge % 2 or W * enlarge % 2:
-        raise ValueError(f"clip: H.264 needs even sides, got {H}x{W} enlarged {enlarge} times")
-    frames = clip.detach().float().cpu().clamp(0, 1).mul(255).round().byte()
-    frames = frames.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3).permute(0, 2, 3, 1)
+    frames = to_bytes(clip, enlarge).numpy()
+    H, W = frames.shape[1:3]
+    if H % 2 or W % 2:
+        raise ValueError(f"clip: H.264 needs even sides, got {clip.shape[2]}x{clip.shape[3]} enlarged {enlarge} times")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps, options={"crf": "18"})
-        stream.height, stream.width, stream.pix_fmt = H * enlarge, W * enlarge, "yuv420p"
-        for frame in frames.numpy():
+        stream.height, stream.width, stream.pix_fmt = H, W, "yuv420p"
+        for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+    return Path(path)
+
+def write_gif(path: str | Path, clip: torch.Tensor, fps: int = 16, enlarge: int = 1) -> Path:
+    """Write one clip [T,3,H,W] in [0,1] as a GIF that repeats for ever (256 colours a frame). Returns the path."""
+    first, *rest = (Image.fromarray(frame) for frame in to_bytes(clip, enlarge).numpy())
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
     return Path(path)
 
 # %% ../nbs/conventions.ipynb #2033c187
@@ -125,6 +152,16 @@ def read_mp4(path: str | Path) -> tuple[torch.Tensor, float]:
         stream = container.streams.video[0]
         frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)]
         return torch.stack(frames).permute(0, 3, 1, 2).float() / 255, float(stream.average_rate)
+
+# %% ../nbs/conventions.ipynb #5ffcc9b3
+def side_by_side(clips: torch.Tensor, columns: int = 3, gap: int = 2) -> torch.Tensor:
+    """Clips [B,T,3,H,W] as one clip [T,3,rows*(H+gap),columns*(W+gap)], grey between them; missing ones are black."""
+    B, T, C, H, W = clips.shape
+    rows = -(-B // columns)
+    canvas = torch.full((rows * columns, T, C, H + gap, W + gap), 0.35)
+    canvas[:, ..., :H, :W] = 0
+    canvas[:B, ..., :H, :W] = clips
+    return canvas.view(rows, columns, T, C, H + gap, W + gap).permute(2, 3, 0, 4, 1, 5).reshape(T, C, rows * (H + gap), columns * (W + gap))
 
 # %% ../nbs/conventions.ipynb #51a4b602
 def explore(draw: Callable[..., None], **controls: ipywidgets.Widget) -> None:

@@ -7,25 +7,30 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from fastcore.basics import patch
 
+from .attention import block_sizes
 from .balance import AdaptiveBalance
 from .cache import CacheConfig
 from .codec import LatentCodec
 from .conventions import check_tensor
 from .dmd import critic_loss, dmd_gradient, predictions, score_timesteps, toward
+from .flow import FlowSchedule
 from .reliability import effective_sample_size, rollout_weight
-from .reward import AXES, RewardModel
-from .rollout import TinyStudent, self_forcing_rollout
+from .reward import AXES, RewardModel, load_reward
+from .rollout import draw_exit_steps, load_student, self_forcing_rollout
 from .saliency import factor_weights, fuse_axes, pixel_saliency, pool_to_latent
-from .teacher import TinyTeacher
+from .teacher import TextEncoder, load_teacher, seeded
 from .transformer import WanTransformer
 
 # %% auto #0
-__all__ = ['METHODS', 'stream_r1_loss', 'Weighting', 'Judged', 'judge_rollouts', 'Distillation', 'Distiller']
+__all__ = ['METHODS', 'stream_r1_loss', 'Weighting', 'Judged', 'judge_rollouts', 'Models', 'tiny_models', 'Distillation',
+           'shuffled', 'Distiller', 'clip_gradient']
 
 # %% ../nbs/12_stream_r1.ipynb #c0e2c3a6
 def stream_r1_loss(x: torch.Tensor, gradient: torch.Tensor, reward: torch.Tensor, intra_weight: torch.Tensor | None = None,
@@ -73,129 +78,195 @@ class Weighting:
 METHODS = {"DMD": Weighting(beta=0, spatial=False, temporal=False, balance=0), "Re-DMD": Weighting(axes=("MQ",), spatial=False, temporal=False, balance=0),
            "inter": Weighting(spatial=False, temporal=False, balance=0), "intra": Weighting(beta=0, balance=0), "Stream-R1": Weighting()}
 
-# %% ../nbs/12_stream_r1.ipynb #b2a609fc
+# %% ../nbs/12_stream_r1.ipynb #eb34d84b
 @dataclass
 class Judged:
     """What the reward model says of rollouts, and what follows for their loss."""
     rewards: dict[str, torch.Tensor]       # by axis [B]
-    final: torch.Tensor                    # [B], mean of the axes minus the balance penalty
-    penalty: float
+    reward: torch.Tensor                   # [B], mean of the chosen axes
     intra_weight: torch.Tensor | None      # [B,F,H,W]
 
-# %% ../nbs/12_stream_r1.ipynb #bf9fdd34
-def judge_rollouts(model: RewardModel, codec: LatentCodec, latents: torch.Tensor, prompts: list[str], cfg: Weighting, balance: AdaptiveBalance) -> Judged:
+# %% ../nbs/12_stream_r1.ipynb #1c9a52b7
+def judge_rollouts(model: RewardModel, codec: LatentCodec, latents: torch.Tensor, prompts: list[str], cfg: Weighting) -> Judged:
     """Decode latents [B,F,C,h,w] once, score them, and turn rewards and saliency into weights. FloatingPointError names a bad axis and clip."""
     with torch.no_grad():
         pixels = codec.decode(latents.detach()).clamp(0, 1)
-    if cfg.needs_saliency:
-        rewards, maps = pixel_saliency(model, pixels, prompts)
-    else:
-        with torch.no_grad():
-            rewards, maps = model(pixels, prompts), {}
+        rewards, maps = (model(pixels, prompts), {}) if not cfg.needs_saliency else pixel_saliency(model, pixels, prompts)
     for axis, r in rewards.items():
         if not r.isfinite().all():
             raise FloatingPointError(f"reward: {axis} is not finite for clip {(~r.isfinite()).nonzero()[0].item()}")
-    chosen = {axis: rewards[axis] for axis in cfg.axes}
-    _, penalty = balance.update(rewards) if cfg.balance else (None, 0.0)
-    final = torch.stack(list(chosen.values())).double().mean(0) - cfg.balance * penalty
+    reward = torch.stack([rewards[axis] for axis in cfg.axes]).double().mean(0)
     if not cfg.needs_saliency:
-        return Judged(rewards, final, penalty, None)
-    size = (latents.shape[1], *latents.shape[3:])
-    pooled = {axis: pool_to_latent(m, size, causal=True) for axis, m in maps.items()}
+        return Judged(rewards, reward, None)
+    pooled = {axis: pool_to_latent(m, (latents.shape[1], *latents.shape[3:]), causal=True) for axis, m in maps.items()}
     weights = factor_weights(fuse_axes(pooled, rewards, cfg.fusion, cfg.temperature), spatial_floor=cfg.spatial_floor, temporal_floor=cfg.temporal_floor,
                              spatial_strength=float(cfg.spatial), temporal_strength=float(cfg.temporal))
-    return Judged(rewards, final, penalty, weights.weight)
+    return Judged(rewards, reward, weights.weight)
 
-# %% ../nbs/12_stream_r1.ipynb #7eaf50c1
+# %% ../nbs/12_stream_r1.ipynb #2e81c44b
+@dataclass
+class Models:
+    """All that a distillation runs on. Student and critic are trained in place."""
+    student: WanTransformer          # causal, few-step
+    critic: WanTransformer           # follows the student; begins as the teacher
+    teacher: WanTransformer          # frozen
+    text: TextEncoder
+    codec: LatentCodec
+    reward: RewardModel
+    schedule: FlowSchedule = field(default_factory=FlowSchedule)
+
+def tiny_models(student: str | Path | None = None) -> Models:
+    """Fresh copies of the shipped tiny world; `student` is a file to start from, by default the shipped one."""
+    teacher, start = load_teacher(), load_student(student)
+    frozen = teacher.model.transformer
+    return Models(start.model.transformer.requires_grad_(True), copy.deepcopy(frozen).requires_grad_(True), frozen, teacher.model.text, teacher.codec,
+                  load_reward(), teacher.schedule)
+
+# %% ../nbs/12_stream_r1.ipynb #c8f341b9
 @dataclass(frozen=True)
 class Distillation:
-    """Settings of a distillation in the tiny world; chapter 13's trainer has the published ones."""
-    batch: int = 8
+    """Settings of a distillation; the defaults suit the tiny world."""
+    batch: int = 8                        # clips of a micro-batch
+    micro_batches: int = 1                # whose gradients make one update, over all processes
+    exit_group: int = 1                   # consecutive micro-batches that share their exit steps
     frames: int = 9                       # latent frames of a rollout
-    critic_steps: int = 3                 # per generator step
+    frames_per_block: int = 3
+    steps: tuple[int, ...] = (1000, 750, 500, 250)
+    exit_per_block: bool = False
+    critic_steps: int = 3                 # critic updates per generator update
     student_lr: float = 1e-4
     critic_lr: float = 2e-4
-    guidance: float = 3.0                 # of the teacher, cond + guidance (cond - uncond)
+    betas: tuple[float, float] = (0.0, 0.99)
+    weight_decay: float = 0.01
     clip_norm: float = 10.0
+    guidance: float = 3.0                 # of the teacher, cond + guidance (cond - uncond)
     cache: CacheConfig = field(default_factory=CacheConfig)
     evict: bool = True
+    context_noise: float = 0.0
     seed: int = 0
 
-# %% ../nbs/12_stream_r1.ipynb #2b1c15f1
+# %% ../nbs/12_stream_r1.ipynb #09888a14
+def shuffled(i: int, n: int, seed: int) -> int:
+    """The i-th place of an endless walk through range(n): every epoch of n visits each once, in an order of its own."""
+    epoch, place = divmod(i, n)
+    return torch.randperm(n, generator=seeded(seed, epoch, stream=2))[place].item()
+
 class Distiller:
-    """Student, critic, teacher, reward model and the state of one distillation."""
-    def __init__(self, teacher: TinyTeacher, student: TinyStudent, reward: RewardModel, captions: list[str], weighting: Weighting = Weighting(),
-                 cfg: Distillation = Distillation()):
-        self.cfg, self.weighting, self.captions, self.schedule = cfg, weighting, captions, teacher.schedule
-        self.teacher, self.text, self.codec, self.reward = teacher.model.transformer, teacher.model.text, student.codec, reward
-        self.student = copy.deepcopy(student.model.transformer).requires_grad_(True)
-        self.critic = copy.deepcopy(self.teacher).requires_grad_(True)
-        adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr, betas=(0.0, 0.99), weight_decay=0.01)
-        self.student_optimizer, self.critic_optimizer = adam(self.student, cfg.student_lr), adam(self.critic, cfg.critic_lr)
+    """The state of one distillation: networks, optimizers, balance, and how many steps were taken."""
+    rank, world = 0, 1                                       # chapter 13 spreads micro-batches over processes
+
+    def __init__(self, models: Models, prompts: Sequence[str], weighting: Weighting = Weighting(), cfg: Distillation = Distillation()):
+        self.models, self.prompts, self.weighting, self.cfg = models, prompts, weighting, cfg
+        adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
+        self.student_optimizer, self.critic_optimizer = adam(models.student, cfg.student_lr), adam(models.critic, cfg.critic_lr)
         self.balance = AdaptiveBalance(weighting.balance, weighting.balance_window, weighting.balance_warmup)
-        self.generator = torch.Generator().manual_seed(cfg.seed)
         self.step_count, self.skipped = 0, 0
 
-# %% ../nbs/12_stream_r1.ipynb #b450f0c9
+# %% ../nbs/12_stream_r1.ipynb #70e4cfc6
 @patch
-def rollout(self: Distiller) -> tuple[torch.Tensor, list[str], torch.Tensor]:
-    "The student's own clips for random sentences: latents [B,F,C,h,w], sentences, embeddings."
-    prompts = [self.captions[i] for i in torch.randint(len(self.captions), (self.cfg.batch,), generator=self.generator).tolist()]
-    embeds, net = self.text(prompts), self.student.cfg
-    noise = torch.randn(len(prompts), self.cfg.frames, net.in_channels, *net.latent_size, generator=self.generator)
-    made = self_forcing_rollout(self.student, noise, embeds, self.schedule, cache=self.cfg.cache, evict=self.cfg.evict, generator=self.generator)
-    return made.latents, prompts, embeds
+def draw(self: Distiller, update: int, micro: int) -> tuple[torch.Generator, list[str], list[int]]:
+    "Generator, sentences and exit steps of a micro-batch."
+    cfg = self.cfg
+    n = update * cfg.micro_batches + micro
+    prompts = [self.prompts[shuffled(i, len(self.prompts), cfg.seed)] for i in range(n * cfg.batch, (n + 1) * cfg.batch)]
+    blocks = len(block_sizes(cfg.frames, cfg.frames_per_block))
+    return seeded(cfg.seed, n), prompts, draw_exit_steps(blocks, len(cfg.steps), seeded(cfg.seed, n // cfg.exit_group, stream=1), cfg.exit_per_block)
 
 @patch
-def apply(self: Distiller, net: WanTransformer, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> float:
-    "Backward, clip, step; returns the gradient's norm. FloatingPointError, with the weights untouched, if it or the loss is not finite."
-    optimizer.zero_grad()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), self.cfg.clip_norm).item()
-    if not math.isfinite(loss.item() + norm):
-        raise FloatingPointError(f"loss, gradient: not finite, got {loss.item()} and the norm {norm}")
-    optimizer.step()
-    return norm
+def rollout(self: Distiller, update: int, micro: int) -> tuple[torch.Tensor, list[str], torch.Tensor, torch.Generator]:
+    "The student's own clips: latents [B,F,C,h,w], sentences, embeddings, and the generator for what is drawn next."
+    generator, prompts, exits = self.draw(update, micro)
+    cfg, m, embeds = self.cfg, self.models, self.models.text(prompts)
+    noise = torch.randn(len(prompts), cfg.frames, m.student.cfg.in_channels, *m.student.cfg.latent_size, generator=generator).to(embeds)
+    made = self_forcing_rollout(m.student, noise, embeds, m.schedule, cfg.steps, exits, cfg.frames_per_block, cfg.cache, cfg.evict,
+                                generator=generator, context_noise=cfg.context_noise)
+    return made.latents, prompts, embeds, generator
 
-# %% ../nbs/12_stream_r1.ipynb #0118449c
+# %% ../nbs/12_stream_r1.ipynb #59ad2b9f
 @patch
-def critic_step(self: Distiller) -> float:
-    "The critic learns what the student makes."
+def critic_objective(self: Distiller, update: int, micro: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    "Loss of the critic on the student's clips, and its value for the record."
     with torch.no_grad():
-        x, _, embeds = self.rollout()
-    t = score_timesteps(self.schedule, len(x), self.generator)
-    loss = critic_loss(self.critic, x, torch.randn(x.shape, generator=self.generator), t, embeds, self.schedule)
-    self.apply(self.critic, self.critic_optimizer, loss)
-    return loss.item()
+        x, _, embeds, generator = self.rollout(update, micro)
+    t = score_timesteps(self.models.schedule, len(x), generator).to(x.device)
+    noise = torch.randn(x.shape, generator=generator).to(x)
+    loss = critic_loss(self.models.critic, x, noise, t, embeds, self.models.schedule)
+    return loss, {"critic": loss.detach()[None]}
 
-# %% ../nbs/12_stream_r1.ipynb #cd0ee296
+# %% ../nbs/12_stream_r1.ipynb #a27e0065
 @patch
-def generator_step(self: Distiller) -> dict[str, float]:
-    "Roll out, judge, compare teacher and critic, weigh, step."
-    x, prompts, embeds = self.rollout()
-    judged = judge_rollouts(self.reward, self.codec, x, prompts, self.weighting, self.balance)
-    t = score_timesteps(self.schedule, len(x), self.generator)
-    noise = torch.randn(x.shape, generator=self.generator)
-    p = predictions(self.teacher, self.critic, x, noise, t, embeds, self.text([""] * len(x)), self.schedule)
+def generator_objective(self: Distiller, update: int, micro: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    "Loss of the student, without the balance penalty; rewards [B] by axis, the reward that weighs [B], and the loss, for the record."
+    m, w = self.models, self.weighting
+    x, prompts, embeds, generator = self.rollout(update, micro)
+    t = score_timesteps(m.schedule, len(x), generator).to(x.device)
+    noise = torch.randn(x.shape, generator=generator).to(x)
+    p = predictions(m.teacher, m.critic, x, noise, t, embeds, m.text([""] * len(x)), m.schedule)
+    judged = judge_rollouts(m.reward, m.codec, x, prompts, w)
     gradient = dmd_gradient(x, **p, guidance=self.cfg.guidance)
-    if not gradient.isfinite().all():
-        raise FloatingPointError("gradient: teacher or critic made values that are not finite")
-    loss = stream_r1_loss(x, gradient, judged.final, judged.intra_weight, beta=self.weighting.beta, cap=self.weighting.cap)
-    weight = rollout_weight(judged.final, self.weighting.beta, self.weighting.cap)
-    if self.weighting.self_normalise:
-        loss = loss / weight.mean()
-    norm = self.apply(self.student, self.student_optimizer, loss)
-    return {"loss": loss.item(), "norm": norm, "penalty": judged.penalty, "weight": weight.mean().item(), "ess": effective_sample_size(weight),
-            **{axis: r.mean().item() for axis, r in judged.rewards.items()}}
+    if not (finite := gradient.isfinite().flatten(1).all(1)).all():
+        raise FloatingPointError(f"gradient: teacher or critic made values that are not finite for clip {(~finite).nonzero()[0].item()}")
+    loss = stream_r1_loss(x, gradient, judged.reward, judged.intra_weight, beta=w.beta, cap=w.cap)
+    if w.self_normalise:
+        loss = loss / rollout_weight(judged.reward, w.beta, w.cap).mean()
+    return loss, {"loss": loss.detach()[None], "reward": judged.reward, **judged.rewards}
 
-# %% ../nbs/12_stream_r1.ipynb #5247092a
+# %% ../nbs/12_stream_r1.ipynb #419027ff
+@patch
+def agree(self: Distiller, compute: Callable[[], tuple]) -> tuple:
+    "What `compute()` returns; chapter 13 raises its FloatingPointError in all processes."
+    return compute()
+
+@patch
+def gather(self: Distiller, records: list[dict]) -> list[dict]:
+    "The records of all processes, in the order of their micro-batches."
+    return records
+
+@patch
+def update(self: Distiller, net: WanTransformer, optimizer: torch.optim.Optimizer, objective: Callable, update: int,
+           scale: Callable[[dict], float] = lambda record: 1.0) -> tuple[dict[str, torch.Tensor], float]:
+    """One optimizer step on the mean of all micro-batches' gradients, times `scale` of their record; returns record and norm of the gradient.
+
+    FloatingPointError, with the weights untouched, if anything is not finite.
+    """
+    mine, records = range(self.rank, self.cfg.micro_batches, self.world), []
+    optimizer.zero_grad()
+    for micro in mine:
+        loss, record = self.agree(lambda: objective(update, micro))
+        (loss / len(mine)).backward()
+        records.append(record)
+    parts = self.gather(records)
+    record = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+    norm = clip_gradient(net, self.cfg.clip_norm, scale(record))
+    if not math.isfinite(norm + sum(v.sum().item() for v in record.values())):
+        raise FloatingPointError(f"loss, gradient: not finite, the norm is {norm}")
+    optimizer.step()
+    return record, norm
+
+# %% ../nbs/12_stream_r1.ipynb #e47d82d8
+def clip_gradient(net: torch.nn.Module, clip_norm: float, scale: float = 1.0) -> float:
+    """Multiply all gradients by `scale`, then shrink them to a norm of at most `clip_norm`; returns the norm before that."""
+    if scale != 1.0:
+        torch._foreach_mul_([p.grad for p in net.parameters() if p.grad is not None], scale)
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), clip_norm)
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()              # sharded over processes, or not
+
 @patch
 def step(self: Distiller) -> dict[str, float]:
-    "Critic steps, then one generator step. A step whose rewards, gradients or losses are not finite is skipped and counted."
+    "Critic updates, then one of the student; returns means for the record, or why the step was skipped."
+    m, w, n, first = self.models, self.weighting, self.cfg.critic_steps, self.step_count * (self.cfg.critic_steps + 1)
     self.step_count += 1
+
+    def braked(record: dict) -> float:
+        record["penalty"] = torch.tensor([self.balance.update({axis: record[axis] for axis in m.reward.axes})[1] if w.balance else 0.0])
+        return math.exp(-w.beta * w.balance * record["penalty"].item())
+
     try:
-        critic = [self.critic_step() for _ in range(self.cfg.critic_steps)]
-        return {"critic": sum(critic) / max(1, len(critic)), **self.generator_step()}
+        critic = [self.update(m.critic, self.critic_optimizer, self.critic_objective, first + i)[0]["critic"].mean().item() for i in range(n)]
+        record, norm = self.update(m.student, self.student_optimizer, self.generator_objective, first + n, braked)
     except FloatingPointError as error:
         self.skipped += 1
         return {"skipped": f"step {self.step_count}: {error}"}
+    weight = rollout_weight(record["reward"], w.beta, w.cap) * math.exp(-w.beta * w.balance * record["penalty"].item())
+    return {"critic": sum(critic) / max(1, n), "norm": norm, "weight": weight.mean().item(), "ess": effective_sample_size(weight),
+            **{name: values.mean().item() for name, values in record.items()}}

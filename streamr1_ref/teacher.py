@@ -106,9 +106,9 @@ class TeacherTraining(Training):
         return self.short_latents if step < self.short_steps * self.steps else full
 
 # %% ../nbs/03b_tiny_teacher.ipynb #f014304d
-def seeded(seed: int, step: int = 0) -> torch.Generator:
-    """A generator that depends on seed and step only."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+def seeded(seed: int, step: int = 0, stream: int = 0) -> torch.Generator:
+    """A generator that depends on these numbers only; `stream` separates draws of one step that have nothing to do with each other."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step + (stream << 48))
 
 def training_batch(cfg: TeacherTraining, step: int, codec: PCACodec, captions: list[Caption], world: WorldConfig = WorldConfig()) -> tuple:
     """(clean latents x0 [B,F,C,h,w], noise alike, sigma [B], prompts) of one step."""

@@ -1,0 +1,244 @@
+"""Runs as processes: killed and resumed, two ranks and one, damaged checkpoints, Ctrl-C, broken weights, a rank that dies."""
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from streamr1_ref.objective import Distillation, Distiller, tiny_models
+from streamr1_ref.train import PRESETS, Trainer, newest
+from streamr1_ref.world import caption_split
+
+SMALL = ["--save-every", "2", "--distillation.batch", "1", "--distillation.frames", "3", "--distillation.critic-steps", "1",
+         "--distillation.micro-batches", "2", "--distillation.exit-group", "2"]
+CLI = [sys.executable, "-m", "streamr1_ref.cli", "train", "tiny", *SMALL]
+FIVE = ["--steps", "5"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+SENTENCES = [str(c) for c in caption_split()[0]]
+
+
+def run(command, **options):
+    return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300, **options)
+
+
+def port():
+    return str(random.SystemRandom().randint(20000, 60000))
+
+
+def log(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def checkpoint_tensors(folder):
+    """All that a checkpoint holds, as one process reads it."""
+    cfg = replace(PRESETS["tiny"], distillation=Distillation(batch=1, frames=3, critic_steps=1, micro_batches=2, exit_group=2))
+    trainer = Trainer(tiny_models(), SENTENCES, cfg, folder)
+    assert trainer.resume() == []
+    return trainer.step_count, trainer.tensors()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run([*CLI, *FIVE, "--out", str(folder)])
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_killed_at_a_random_moment_and_resumed_bit_for_bit(whole, tmp_path):
+    process = subprocess.Popen([*CLI, *FIVE, "--out", str(tmp_path)], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wanted = random.SystemRandom().choice([1, 2, 3, 4])
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (tmp_path / "log.jsonl").exists() and len((tmp_path / "log.jsonl").read_text().splitlines()) >= wanted:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    assert not (tmp_path / "pipeline").exists()
+    resumed = run([*CLI, *FIVE, "--out", str(tmp_path), "--resume"])
+    assert resumed.returncode == 0, resumed.stderr
+    (step, ours), (_, theirs) = checkpoint_tensors(tmp_path), checkpoint_tensors(whole)
+    assert step == 5 and all(torch.equal(ours[name], theirs[name]) for name in theirs), f"killed after step {wanted}"
+    assert log(tmp_path) == log(whole)
+    weights = "pipeline/transformer/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def test_two_processes_are_one_and_one_goes_on_where_two_stopped(whole, tmp_path):
+    done = run([*TORCHRUN, port(), *CLI[1:], "--steps", "4", "--out", str(tmp_path)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    for ours, theirs in zip(log(tmp_path), log(whole)):
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), (ours["step"], name)
+    alone = run([*CLI, *FIVE, "--out", str(tmp_path), "--resume"])
+    assert alone.returncode == 0, alone.stderr
+    assert len(log(tmp_path)) == 5
+    assert log(tmp_path)[4]["loss"] == pytest.approx(log(whole)[4]["loss"], rel=1e-5)
+    (_, ours), (_, theirs) = checkpoint_tensors(tmp_path), checkpoint_tensors(whole)
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs if name.startswith("average")) < 1e-4
+
+
+def test_a_rank_that_dies_stops_the_others_and_torchrun_resumes(whole, tmp_path):
+    """Rank 1 is killed twice. Alone, that ends the run and names the rank; with --max-restarts torchrun goes on as if nothing had happened."""
+    script = tmp_path / "dies.py"
+    script.write_text(f"""
+import os, signal, sys
+from pathlib import Path
+from streamr1_ref import cli, train
+deaths, original = Path({str(tmp_path / "deaths")!r}), train.Trainer.advance
+def advance(self):
+    count = int(deaths.read_text()) if deaths.exists() else 0
+    if self.rank == 1 and self.step_count == 3 and count < 2:
+        deaths.write_text(str(count + 1))
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self)
+train.Trainer.advance = advance
+sys.exit(cli.main(["train", "tiny", *{SMALL + FIVE!r}, "--out", {str(tmp_path / "run")!r}, "--resume"]))
+""")
+    done = run([*TORCHRUN, port(), str(script)])
+    assert done.returncode != 0 and "SIGKILL" in done.stderr and re.search(r"rank\s*: 1", done.stderr), done.stderr[-3000:]
+    done = run([*TORCHRUN, port(), "--max-restarts", "1", str(script)])
+    assert done.returncode == 0 and (tmp_path / "deaths").read_text() == "2", done.stderr[-3000:]
+    assert [r["step"] for r in log(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    assert log(tmp_path / "run")[4]["loss"] == pytest.approx(log(whole)[4]["loss"], rel=1e-5)
+
+
+def test_trouble_in_one_rank_is_everyones(tmp_path):
+    """Rank 1's reward model breaks at its second step: all skip that step, nobody waits for ever."""
+    script = tmp_path / "trouble.py"
+    script.write_text(f"""
+import sys
+from streamr1_ref import cli, objective
+original = objective.judge_rollouts
+def judge_rollouts(model, codec, latents, prompts, cfg):
+    import torch.distributed as dist
+    judge_rollouts.calls += 1
+    if dist.get_rank() == 1 and judge_rollouts.calls == 2:
+        raise FloatingPointError("reward: MQ is not finite for clip 0")
+    return original(model, codec, latents, prompts, cfg)
+judge_rollouts.calls = 0
+objective.judge_rollouts = judge_rollouts
+sys.exit(cli.main(["train", "tiny", *{SMALL!r}, "--steps", "3", "--out", {str(tmp_path / "run")!r}]))
+""")
+    done = run([*TORCHRUN, port(), str(script)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = log(tmp_path / "run")
+    assert ["skipped" in r for r in records] == [False, True, False] and "another process" in records[1]["skipped"]
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(whole, tmp_path):
+    trainer = trainer_in(tmp_path, steps=3, save_every=1)
+    trainer.train(progress=False)
+    newest_one = tmp_path / "checkpoints" / "step-000003"
+    shard = next(newest_one.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    again = trainer_in(tmp_path, steps=3, save_every=1)
+    problems = again.resume()
+    assert again.step_count == 2 and "step-000003 is damaged" in problems[0] and shard.name in problems[0]
+    again.train(progress=False)
+    assert [r["step"] for r in log(tmp_path)] == [1, 2, 3] and newest(tmp_path)[0] == newest_one
+    for checkpoint in tmp_path.glob("checkpoints/*"):
+        (checkpoint / "state.json").unlink()
+    with pytest.raises(ValueError, match="no checkpoint can be read"):
+        trainer_in(tmp_path, steps=3).resume()
+
+
+def trainer_in(folder, **settings):
+    cfg = replace(PRESETS["tiny"], distillation=Distillation(batch=1, frames=3, critic_steps=1), **settings)
+    return Trainer(tiny_models(), SENTENCES, cfg, folder)
+
+
+def test_half_written_checkpoints_are_not_seen(tmp_path):
+    trainer = trainer_in(tmp_path, steps=1)
+    trainer.train(progress=False)
+    half = tmp_path / "checkpoints" / "step-000002.partial"
+    half.mkdir()
+    (half / "shard.safetensors").write_bytes(b"half")
+    again = trainer_in(tmp_path, steps=2)
+    assert again.resume() == [] and again.step_count == 1
+    again.train(progress=False)
+    assert not half.exists() and newest(tmp_path)[0].name == "step-000002"
+
+
+def test_ctrl_c_saves_and_exits_cleanly(tmp_path):
+    process = subprocess.Popen([*CLI, "--steps", "500", "--save-every", "400", "--out", str(tmp_path)], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not ((tmp_path / "log.jsonl").exists() and (tmp_path / "log.jsonl").read_text().count("\n") >= 2):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err and "interrupted" in err
+    saved, _ = newest(tmp_path)
+    assert saved is not None and int(saved.name[-6:]) == len(log(tmp_path))
+
+
+def test_broken_student_stops_with_step_and_checkpoint(whole, tmp_path):
+    trainer = trainer_in(tmp_path, steps=4, save_every=1)
+    trainer.train(progress=False)
+    broken = trainer_in(tmp_path, steps=6)
+    broken.resume()
+    next(broken.models.student.parameters()).data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"student: its weights are not finite, at step 5; last good checkpoint: .*step-000004"):
+        broken.train(progress=False)
+
+
+def test_gives_up_after_skips_in_a_row(tmp_path):
+    trainer = trainer_in(tmp_path, steps=9, max_skipped=3)
+    axes = trainer.models.reward.axes
+    trainer.models.reward = lambda pixels, prompts: {a: pixels.sum((1, 2, 3, 4)) * float("nan") for a in axes}
+    trainer.models.reward.axes = axes
+    with pytest.raises(FloatingPointError, match="3 steps in a row, the last because of step 3: .*not finite.*last good checkpoint: none"):
+        trainer.train(progress=False)
+    assert trainer.skipped == 3
+
+
+@pytest.mark.parametrize("wrong, message", [(["--distillation.student-lr", "1"], "distillation.student_lr: 1.0, 0.0001"),
+                                            (["--weighting.beta", "1"], "weighting.beta: 1.0, 2.0")])
+def test_other_settings_are_refused(whole, wrong, message):
+    done = run([*CLI, *FIVE, "--out", str(whole), "--resume", *wrong])
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_user_errors_before_training(whole, tmp_path):
+    again = run([*CLI, "--out", str(whole)])
+    assert again.returncode == 2 and "go on with --resume" in again.stderr
+    (tmp_path / "file").write_text("")
+    blocked = run([*CLI, "--out", str(tmp_path / "file")])
+    assert blocked.returncode == 2 and "out: expected a folder that can be written" in blocked.stderr and "Traceback" not in blocked.stderr
+
+
+def test_uneven_processes_are_refused():
+    class Mesh:
+        device_type = "cpu"
+        def get_rank(self): return 0
+        def size(self): return 2
+    cfg = replace(PRESETS["tiny"], distillation=Distillation(batch=1, micro_batches=3, exit_group=2))
+    with pytest.raises(ValueError, match="micro_batches: expected a multiple of the 2 processes, got 3"):
+        Trainer(tiny_models(), SENTENCES, cfg, "nowhere", Mesh())
+    with pytest.raises(ValueError, match="exit_group: expected a multiple of the 2 processes, got 1"):
+        Trainer(tiny_models(), SENTENCES, replace(cfg, distillation=Distillation(micro_batches=4)), "nowhere", Mesh())
+
+
+def test_accumulated_gradient_is_the_mean_of_the_micro_batches():
+    cfg = Distillation(batch=1, frames=3, micro_batches=3, critic_steps=0, clip_norm=1e9)
+    run = Distiller(tiny_models(), SENTENCES, cfg=cfg)
+    parts = []
+    for micro in range(3):
+        loss, _ = run.generator_objective(0, micro)
+        parts.append(torch.autograd.grad(loss, list(run.models.student.parameters())))
+    run.student_optimizer.step = lambda: None
+    run.update(run.models.student, run.student_optimizer, run.generator_objective, 0)
+    for p, *grads in zip(run.models.student.parameters(), *parts):
+        assert torch.allclose(p.grad, sum(grads) / 3, atol=1e-6)
