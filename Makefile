@@ -1,17 +1,17 @@
-# make demo   sample the shipped teacher: an MP4 and a picture in demo/
+# make demo   distil live with DMD and with Stream-R1, stream 20 seconds: videos, figures and a table in demo/
 # make test   everything that CI checks: export, clean notebooks, every notebook in a fresh kernel, pytest
 PYTHON ?= python3
 PY := .venv/bin/python
 # waiting threads sleep: where other work shares the cores, spinning ones cost a factor of five and more
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test bench notebooks export check readme teacher lock clean
+.PHONY: demo test bench notebooks export check readme teacher ablation lock clean
 
 demo: .venv/installed
 	.venv/bin/streamr1 demo
 
 test: .venv/installed
-	$(PY) -m pytest tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n auto --dist loadgroup
 
 bench: .venv/installed
 	.venv/bin/streamr1 bench
@@ -42,6 +42,10 @@ readme: .venv/installed
 teacher: .venv/installed
 	.venv/bin/streamr1 train-teacher
 	.venv/bin/streamr1 evaluate-teacher
+
+# over an hour on two cores; run again after an interruption
+ablation: .venv/installed
+	.venv/bin/streamr1 ablate
 
 lock: .venv/installed
 	(head -2 requirements.lock; $(PY) -m pip freeze --all --exclude-editable | grep -v "^pip==" | sed 's/\(torch==[0-9.]*\)+cpu/\1/') > requirements.new

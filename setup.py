@@ -23,7 +23,7 @@ setup(
     packages=find_packages(include=["streamr1_ref*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("gpu", "wan", "dev")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("gpu", "wan", "board", "dev")},
     entry_points={"console_scripts": cfg["console_scripts"].split(),
                   "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
 )

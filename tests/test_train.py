@@ -21,17 +21,14 @@ SMALL = ["--save-every", "2", "--distillation.batch", "1", "--distillation.frame
          "--distillation.micro-batches", "2", "--distillation.exit-group", "2"]
 CLI = [sys.executable, "-m", "streamr1_ref.cli", "train", "tiny", *SMALL]
 FIVE = ["--steps", "5"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]        # a static rendezvous hangs when torchrun restarts
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+pytestmark = pytest.mark.xdist_group("train")               # one worker: `whole` is made once
 SENTENCES = [str(c) for c in caption_split()[0]]
 
 
 def run(command, **options):
     return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300, **options)
-
-
-def port():
-    return str(random.SystemRandom().randint(20000, 60000))
 
 
 def log(folder):
@@ -76,7 +73,7 @@ def test_killed_at_a_random_moment_and_resumed_bit_for_bit(whole, tmp_path):
 
 
 def test_two_processes_are_one_and_one_goes_on_where_two_stopped(whole, tmp_path):
-    done = run([*TORCHRUN, port(), *CLI[1:], "--steps", "4", "--out", str(tmp_path)])
+    done = run([*TORCHRUN, *CLI[1:], "--steps", "4", "--out", str(tmp_path)])
     assert done.returncode == 0, done.stderr[-3000:]
     for ours, theirs in zip(log(tmp_path), log(whole)):
         assert ours.keys() == theirs.keys()
@@ -107,9 +104,9 @@ def advance(self):
 train.Trainer.advance = advance
 sys.exit(cli.main(["train", "tiny", *{SMALL + FIVE!r}, "--out", {str(tmp_path / "run")!r}, "--resume"]))
 """)
-    done = run([*TORCHRUN, port(), str(script)])
+    done = run([*TORCHRUN, str(script)])
     assert done.returncode != 0 and "SIGKILL" in done.stderr and re.search(r"rank\s*: 1", done.stderr), done.stderr[-3000:]
-    done = run([*TORCHRUN, port(), "--max-restarts", "1", str(script)])
+    done = run([*TORCHRUN, "--max-restarts", "1", str(script)])
     assert done.returncode == 0 and (tmp_path / "deaths").read_text() == "2", done.stderr[-3000:]
     assert [r["step"] for r in log(tmp_path / "run")] == [1, 2, 3, 4, 5]
     assert log(tmp_path / "run")[4]["loss"] == pytest.approx(log(whole)[4]["loss"], rel=1e-5)
@@ -132,7 +129,7 @@ judge_rollouts.calls = 0
 objective.judge_rollouts = judge_rollouts
 sys.exit(cli.main(["train", "tiny", *{SMALL!r}, "--steps", "3", "--out", {str(tmp_path / "run")!r}]))
 """)
-    done = run([*TORCHRUN, port(), str(script)])
+    done = run([*TORCHRUN, str(script)])
     assert done.returncode == 0, done.stderr[-3000:]
     records = log(tmp_path / "run")
     assert ["skipped" in r for r in records] == [False, True, False] and "another process" in records[1]["skipped"]
