@@ -92,6 +92,8 @@ def demo(out: str = "demo", seed: int = 0, steps: int = 32, seconds: float = 20.
         count: Number of sentences, the first of data_samples/prompts.txt.
         captions: Held-out captions for the table.
     """
+    if min(steps, count) < 1:
+        raise ValueError(f"steps, count: expected at least 1, got {steps} and {count}")
     folder, prompts = writable_folder(out, needs=200_000_000), data_path("prompts.txt").read_text().splitlines()[:count]
     budget = Ablation(steps=steps, captions=captions, drift_captions=0)
     reward, strip, rows, logs = load_reward(), [], {}, {}

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from .conventions import check_tensor, data_path
+from .conventions import data_path
 from .conventions import progress as progress_bar
 from .objective import METHODS, Distillation, Distiller, tiny_models
 from .pipeline import StreamR1Pipeline

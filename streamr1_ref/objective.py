@@ -222,6 +222,7 @@ def gather(self: Distiller, records: list[dict]) -> list[dict]:
     "The records of all processes, in the order of their micro-batches."
     return records
 
+# %% ../nbs/12_stream_r1.ipynb #24c9c738
 @patch
 def update(self: Distiller, net: WanTransformer, optimizer: torch.optim.Optimizer, objective: Callable, update: int,
            scale: Callable[[dict], float] = lambda record: 1.0) -> tuple[dict[str, torch.Tensor], float]:

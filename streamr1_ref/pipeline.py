@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -161,17 +161,20 @@ class Player:
         "What the widgets say."
         return self.template.format(**{name: widget.value for name, widget in self.words.items()}).strip()
 
-    def tick(self) -> None:
-        "Switch the prompt if the sentence has changed, then show the next frame."
-        if self.frames.prompts != [self.sentence]:
-            self.frames.switch_prompt(self.sentence)
-        png = BytesIO()
-        Image.fromarray(to_bytes(next(self.frames), self.enlarge)[0].numpy()).save(png, "PNG")
-        self.image.value = png.getvalue()
+# %% ../nbs/14_streaming.ipynb #9855447d
+@patch
+def tick(self: Player) -> None:
+    "Switch the prompt if the sentence has changed, then show the next frame."
+    if self.frames.prompts != [self.sentence]:
+        self.frames.switch_prompt(self.sentence)
+    png = BytesIO()
+    Image.fromarray(to_bytes(next(self.frames), self.enlarge)[0].numpy()).save(png, "PNG")
+    self.image.value = png.getvalue()
 
-    def loop(self) -> None:
-        "Tick at the pipeline's frame rate, or as fast as this machine can, while the button is pressed."
-        while self.playing.value:
-            began = perf_counter()
-            self.tick()
-            sleep(max(0.0, 1 / self.pipe.fps - (perf_counter() - began)))
+@patch
+def loop(self: Player) -> None:
+    "Tick at the pipeline's frame rate, or as fast as this machine can, while the button is pressed."
+    while self.playing.value:
+        began = perf_counter()
+        self.tick()
+        sleep(max(0.0, 1 / self.pipe.fps - (perf_counter() - began)))

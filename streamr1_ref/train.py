@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -15,10 +14,15 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
+# %% auto #0
+__all__ = ['PRESETS', 'TrainConfig', 'start_processes', 'shard', 'local', 'Trainer', 'checksum', 'damage', 'newest',
+           'differences', 'symptoms', 'interruptible', 'trim_log', 'open_board']
+
+# %% ../nbs/13_training.ipynb #f86c6dae
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -29,16 +33,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from .conventions import film_strip, save_tensors
+from .conventions import film_strip
 from .conventions import progress as progress_bar
-from .objective import METHODS, Distillation, Distiller, Models, Weighting, tiny_models
+from .objective import Distillation, Distiller, Models, Weighting
 from .rollout import StreamSampler
 from .teacher import seeded
 from .transformer import WanTransformer
-
-# %% auto #0
-__all__ = ['PRESETS', 'TrainConfig', 'start_processes', 'shard', 'local', 'Trainer', 'checksum', 'damage', 'newest',
-           'differences', 'symptoms', 'interruptible', 'trim_log', 'open_board']
 
 # %% ../nbs/13_training.ipynb #f0a226d9
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ def agree(self: Trainer, compute: Callable[[], tuple]) -> tuple:
         raise FloatingPointError(problem or "in another process")
     return result
 
+# %% ../nbs/13_training.ipynb #346f292e
 @patch
 def gather(self: Trainer, records: list[dict]) -> list[dict]:
     "The records of all processes, in the order of their micro-batches."
@@ -173,6 +174,7 @@ def damage(checkpoint: Path) -> str | None:
             return f"{name} is not as it was written"
     return None
 
+# %% ../nbs/13_training.ipynb #6d0f2536
 def newest(folder: str | Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a run, and what is wrong with those after it."""
     problems = []
@@ -222,6 +224,7 @@ def barrier(self: Trainer) -> None:
     if self.mesh is not None:
         dist.barrier()
 
+# %% ../nbs/13_training.ipynb #70f8cf4b
 @patch
 def save(self: Trainer) -> Path:
     "Write checkpoints/step-...; it appears under that name when it is whole. Older ones than the last `keep` are deleted."
@@ -353,6 +356,7 @@ def sample(self: Trainer, count: int = 4) -> torch.Tensor:
         sampler = StreamSampler(net, m.schedule, cfg.steps, cfg.frames_per_block, cfg.cache, cfg.context_noise)
         return m.codec.decode(sampler.sample(noise, embeds, generator=seeded(cfg.seed, stream=4))).clamp(0, 1)
 
+# %% ../nbs/13_training.ipynb #af4c9e40
 @patch
 def weights(self: Trainer) -> dict[str, torch.Tensor]:
     "The average's weights, whole, on the CPU; every process must ask."

@@ -216,6 +216,29 @@ def test_user_errors_before_training(whole, tmp_path):
     assert blocked.returncode == 2 and "out: expected a folder that can be written" in blocked.stderr and "Traceback" not in blocked.stderr
 
 
+def test_tensorboard_gets_every_step_once(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    trainer_in(tmp_path, steps=1, tensorboard=True).train(progress=False)
+    again = trainer_in(tmp_path, steps=2, tensorboard=True)
+    again.resume()
+    again.train(progress=False)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"VQ", "MQ", "TA", "critic", "weight", "ess"} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("loss")] == [1, 2]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="tensorboard: not installed .*pip install tensorboard"):
+        trainer_in(tmp_path / "b", steps=1, tensorboard=True).train(progress=False)
+
+
+def test_a_full_disk_is_found_before_training(tmp_path, monkeypatch):
+    from streamr1_ref import cli, conventions
+    usage = type("Usage", (), {"free": 1_000_000})
+    monkeypatch.setattr(conventions.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(OSError, match=r"out: expected \d+ MB free for .*, there are 1 MB"):
+        cli.train(cli.TinyRun(out=str(tmp_path / "run")))
+    assert not list((tmp_path / "run").iterdir())
+
+
 def test_uneven_processes_are_refused():
     class Mesh:
         device_type = "cpu"
