@@ -1,13 +1,13 @@
 """Balance and loss against the published code; skipped steps; every method trains."""
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import relative_error
 
 from streamr1_ref.balance import AdaptiveBalance
-from streamr1_ref.objective import METHODS, Distillation, Distiller, stream_r1_loss
-from streamr1_ref.reward import load_reward
-from streamr1_ref.rollout import load_student
-from streamr1_ref.teacher import load_teacher
+from streamr1_ref.objective import METHODS, Distillation, Distiller, stream_r1_loss, tiny_models
 from streamr1_ref.world import caption_split
 
 
@@ -35,34 +35,76 @@ def test_published_loss(golden, case):
     assert relative_error(x.grad, tensors[f"{case}.dloss_dx"]) < 1e-5
 
 
-@pytest.fixture(scope="module")
-def world():
-    return load_teacher(), load_student(), load_reward(), [str(c) for c in caption_split()[0]]
+SENTENCES = [str(c) for c in caption_split()[0]]
+
+
+def weights(net):
+    return [p.clone() for p in net.parameters()]
+
+
+def same(before, net):
+    return all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_takes_a_step(world, method):
-    run = Distiller(*world, METHODS[method], Distillation(batch=2, critic_steps=1))
-    before = [p.clone() for p in run.student.parameters()]
+def test_every_method_takes_a_step(method):
+    run = Distiller(tiny_models(), SENTENCES, METHODS[method], Distillation(batch=2, critic_steps=1))
+    before = weights(run.models.student), weights(run.models.critic), weights(run.models.teacher)
     record = run.step()
     assert "skipped" not in record and all(map(lambda v: v == v, record.values()))
-    assert any(not torch.equal(a, b) for a, b in zip(before, run.student.parameters()))
+    assert not same(before[0], run.models.student) and not same(before[1], run.models.critic) and same(before[2], run.models.teacher)
     assert (record["weight"] == 1.0) == (METHODS[method].beta == 0)
 
 
-@pytest.mark.parametrize("where, critic_steps", [("reward", 0), ("critic", 0), ("critic", 1)])
-def test_a_step_that_is_not_finite_is_skipped_and_counted(world, where, critic_steps):
-    run = Distiller(*world, METHODS["Stream-R1"], Distillation(batch=2, critic_steps=critic_steps))
+@pytest.mark.parametrize("where, critic_steps, says", [("reward", 0, "reward: TA is not finite for clip 0"), ("critic", 0, "gradient: teacher or critic made values that are not finite for clip 0"),
+                                                       ("critic", 1, "loss, gradient: not finite"), ("saliency", 0, "saliency: the gradient of VQ is not finite for clip 1")])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(where, critic_steps, says):
+    models = tiny_models()
+    run, good = Distiller(models, SENTENCES, METHODS["Stream-R1"], Distillation(batch=2, critic_steps=critic_steps)), models.reward
     if where == "reward":
-        good = run.reward
-        run.reward = lambda pixels, prompts: {a: r * (float("inf") if a == "TA" else 1) for a, r in good(pixels, prompts).items()}
+        models.reward = lambda pixels, prompts: {a: r + (float("inf") if a == "TA" else 0) for a, r in good(pixels, prompts).items()}
+    elif where == "saliency":
+        bad = torch.tensor([0.0, 1.0])               # the derivative of sqrt at 0, for the second clip only
+        models.reward = lambda pixels, prompts: {a: r + (bad * (0 * pixels).sum((1, 2, 3, 4)) + (1 - bad)).sqrt() for a, r in good(pixels, prompts).items()}
     else:
-        next(run.critic.parameters()).data.fill_(float("nan"))
-    before = [p.clone() for p in run.student.parameters()]
+        next(models.critic.parameters()).data.fill_(float("nan"))
+    models.reward.axes = good.axes
+    before = weights(models.student)
     record = run.step()
-    assert record["skipped"].startswith("step 1: ") and "not finite" in record["skipped"] and run.skipped == 1
+    assert record["skipped"].startswith(f"step 1: {says}") and run.skipped == 1, record
     assert run.critic_optimizer.state == {}                      # the critic was not trained on it either
-    assert all(torch.equal(a, b) for a, b in zip(before, run.student.parameters()))
+    assert same(before, models.student) and len(run.balance.history) == 0
+
+
+def test_a_skipped_step_does_not_repeat_itself():
+    """The next step draws other sentences and noise: a clip that breaks a step cannot break the run."""
+    models = tiny_models()
+    run, good = Distiller(models, SENTENCES, METHODS["DMD"], Distillation(batch=1, critic_steps=0, frames=3)), models.reward
+    seen = []
+
+    def once(pixels, prompts):
+        seen.append(prompts)
+        return {a: r * (float("nan") if len(seen) == 1 else 1) for a, r in good(pixels, prompts).items()}
+
+    once.axes, models.reward = good.axes, once
+    records = [run.step(), run.step()]
+    assert "skipped" in records[0] and "skipped" not in records[1] and seen[0] != seen[1]
+
+
+def test_penalty_scales_the_whole_gradient():
+    """One micro-batch: balancing multiplies the gradient by exp(-beta weight penalty), and two micro-batches see the mean of both."""
+    gradients = {}
+    for balance in (0.0, 0.5):
+        run = Distiller(tiny_models(), SENTENCES, replace(METHODS["inter"], balance=balance, balance_window=4, balance_warmup=2),
+                        Distillation(batch=1, micro_batches=2, critic_steps=0, frames=3, clip_norm=1e9))
+        run.student_optimizer.step = lambda: None
+        records = [run.step() for _ in range(3)]
+        gradients[balance] = [p.grad.clone() for p in run.models.student.parameters()], records[-1]
+    (plain, _), (braked, record) = gradients[0.0], gradients[0.5]
+    assert record["penalty"] > 0
+    factor = math.exp(-2.0 * 0.5 * record["penalty"])
+    assert all(torch.allclose(factor * a, b, rtol=1e-4, atol=1e-9) for a, b in zip(plain, braked))
+    assert run.balance.history[-1] == pytest.approx([record[a] for a in ("VQ", "MQ", "TA")], abs=1e-5)
 
 
 def test_balance_state_survives():
