@@ -28,7 +28,7 @@ from .cache import CacheConfig
 from .codec import WanVAECodec, load_codec, save_codec
 from .conventions import data_path, default_device, default_dtype, film_strip, side_by_side, writable_folder, write_gif, write_mp4
 from .conventions import progress as progress_bar
-from .evaluate import Ablation, ablate, distil, measure, pipeline_of
+from .evaluate import Ablation, ablate, collect_logs, distil, measure, pipeline_of
 from .objective import METHODS, Distillation, Distiller, Models, judge_rollouts, tiny_models
 from .pipeline import StreamR1Pipeline
 from .reward import RewardTrainer, RewardTraining, calibrate, load_reward, pair_accuracy, save_reward
@@ -231,9 +231,11 @@ def ablation(cfg: Annotated[Ablation, tyro.conf.arg(name="")] = Ablation(), out:
 
     Args:
         cfg: Budget and measurements.
-        out: Folder for results.csv, settings.json and a log of every run.
+        out: Folder for results.csv, logs.jsonl, settings.json and a log of every run.
     """
-    print(f"{len(ablate(cfg, writable_folder(out)))} rows in {Path(out) / 'results.csv'}")
+    rows, folder = ablate(cfg, writable_folder(out)), Path(out)
+    (folder / "logs.jsonl").write_text("".join(json.dumps(log) + "\n" for log in collect_logs(folder)))
+    print(f"{len(rows)} rows in {folder / 'results.csv'}, the curves of all runs in {folder / 'logs.jsonl'}")
 
 def info() -> None:
     """Versions, devices, attention backends, and what is shipped."""
