@@ -24,7 +24,7 @@ from .world import Caption, Oracle, caption_split, flicker_level, motion_error, 
 
 # %% auto #0
 __all__ = ['INTER', 'FULL', 'VARIANTS', 'Ablation', 'spread', 'measure', 'distil', 'pipeline_of', 'run_variant', 'read_rows',
-           'ablate', 'collect_logs', 'paired']
+           'write_rows', 'ablate', 'collect_logs', 'paired']
 
 # %% ../nbs/16_ablation.ipynb #63da228e
 INTER, FULL = METHODS["inter"], METHODS["Stream-R1"]
@@ -111,6 +111,15 @@ def read_rows(path: str | Path) -> list[dict]:
     with open(path, newline="", encoding="utf-8") as file:
         return [{k: v if k == "variant" else int(v) if v.isdigit() else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write rows as CSV, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
+
 # %% ../nbs/16_ablation.ipynb #be113680
 def ablate(cfg: Ablation, folder: str | Path, variants: Sequence[str] = tuple(VARIANTS), progress: bool = True) -> list[dict]:
     """Run all variants, seed by seed, and add a row to results.csv after each; what is there already is not run again.
@@ -134,12 +143,7 @@ def ablate(cfg: Ablation, folder: str | Path, variants: Sequence[str] = tuple(VA
             values = run_variant(name, seed, cfg, folder / f"{name}-{seed}.jsonl")
         row = {"variant": name, "seed": seed, **{k: round(v, 5) for k, v in values.items()}}
         rows.append(row)
-        temporary = results.with_suffix(".tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(row))
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(results)
+        write_rows(results, rows)
     return rows
 
 # %% ../nbs/16_ablation.ipynb #7294a215
