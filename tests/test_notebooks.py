@@ -83,7 +83,7 @@ def test_no_definition_twice():
         for cell in nbformat.read(path, as_version=4).cells:
             if cell.cell_type == "code" and "#| export" in cell.source:
                 # two cells may patch methods of one name into different classes
-                for name in re.findall(r"(?<!\n@patch\n)(?<!\))\n(?:def|class) ([A-Za-z]\w*)", "\n" + re.sub(r"@patch[^\n]*\n", "@patch\n", cell.source)):
+                for name in re.findall(r"(?<!\n@patch)(?<!\))\n(?:def|class) ([A-Za-z]\w*)", "\n" + re.sub(r"@patch[^\n]*\n", "@patch\n", cell.source)):
                     places.setdefault(name, []).append(path.stem)
     assert {n: p for n, p in places.items() if len(p) > 1} == {}
 
