@@ -44,7 +44,7 @@ def test_imports_run_downhill():
 
 def test_nothing_is_hard_coded():
     for path in (ROOT / "streamr1_ref").glob("*.py"):
-        assert not re.search(r"\.cuda\(\)|\b1560\b|\b32760\b|range\(30\)|\bpickle\b|torch\.load\(", path.read_text()), path.name
+        assert not re.search(r"\.cuda\(\)|\b1560\b|\b32760\b|range\(30\)|\bpickle\b|torch\.load\((?![^\n]*weights_only=True)", path.read_text()), path.name
 
 
 def test_public_functions_have_docstrings():
