@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import platform
 import sys
 from collections import Counter
@@ -26,7 +27,7 @@ from torch.utils.benchmark import Timer
 from .attention import BACKENDS, set_attention, why_not
 from .cache import CacheConfig
 from .codec import WanVAECodec, load_codec, save_codec
-from .conventions import data_path, default_device, default_dtype, film_strip, side_by_side, writable_folder, write_gif, write_mp4
+from .conventions import data_path, default_device, default_dtype, film_strip, side_by_side, save_tensors, writable_folder, write_gif, write_mp4
 from .conventions import progress as progress_bar
 from .evaluate import Ablation, ablate, collect_logs, distil, measure, pipeline_of
 from .objective import METHODS, Distillation, Distiller, Models, judge_rollouts, tiny_models
@@ -39,15 +40,17 @@ from .teacher import (TeacherTraining, codec_floor, evaluate_teacher, load_teach
                                   train_teacher)
 from .train import PRESETS, TrainConfig, Trainer, shard, start_processes
 from .transformer import WanConfig, WanTransformer, load_wan_weights
+from .wan import PromptFile, convert, load_video_reward, plan, wan_models, wan_pipeline
 from .world import Oracle, caption_split, mixed_clips, sample_clips
 
 # %% auto #0
-__all__ = ['RUNS', 'PARTS', 'ROLLOUT', 'STEP', 'COMMANDS', 'curves_figure', 'saliency_figure', 'write_clips', 'demo',
-           'before_and_after', 'TinyRun', 'train', 'with_method', 'generate', 'evaluate', 'ablation', 'info',
-           'train_codec', 'thin_log', 'train_teacher_command', 'evaluate_teacher_command', 'make_pairs',
-           'initialise_student', 'evaluate_student', 'train_reward', 'median_seconds', 'training_step', 'BenchParts',
-           'bench_parts', 'Stopwatch', 'time_blocks', 'late_over_early', 'split_times', 'BenchRollout',
-           'stream_for_bench', 'bench_rollout', 'BenchStep', 'saliency_passes', 'bench_step', 'bench', 'main']
+__all__ = ['RUNS', 'FROZEN', 'PARTS', 'ROLLOUT', 'STEP', 'COMMANDS', 'curves_figure', 'saliency_figure', 'write_clips', 'demo',
+           'before_and_after', 'TinyRun', 'WanRun', 'train', 'with_method', 'plan_command', 'convert_command',
+           'generate', 'evaluate', 'ablation', 'info', 'train_codec', 'thin_log', 'train_teacher_command',
+           'evaluate_teacher_command', 'make_pairs', 'initialise_student', 'evaluate_student', 'train_reward',
+           'median_seconds', 'training_step', 'BenchParts', 'bench_parts', 'Stopwatch', 'time_blocks',
+           'late_over_early', 'split_times', 'BenchRollout', 'stream_for_bench', 'bench_rollout', 'BenchStep',
+           'saliency_passes', 'bench_step', 'bench', 'main']
 
 # %% ../nbs/cli.ipynb #50f6964f
 def curves_figure(records: dict[str, list[dict]]) -> Figure:
@@ -134,6 +137,7 @@ class TinyRun(TrainConfig):
     resume: bool = False               # go on from the newest checkpoint in `out`, if there is one
     start: str = "tiny-start"          # student to begin with: tiny-start, tiny, or a folder of save_pretrained
     method: Literal["DMD", "Re-DMD", "inter", "intra", "Stream-R1"] | None = None     # sets the weighting; its window stays the preset's
+    compute_dtype = None               # that of the weights, float32
 
     def models(self) -> Models:
         "Teacher, critic, reward model, and a student like `start`."
@@ -141,55 +145,124 @@ class TinyRun(TrainConfig):
         load_wan_weights(models.student, pipe.sampler.net.state_dict())
         return models
 
-    def pipeline(self, trainer: Trainer, weights: dict[str, torch.Tensor]) -> StreamR1Pipeline:
-        "The average of a run, ready to be saved."
-        pipe = StreamR1Pipeline.from_pretrained("tiny")
+    def save(self, weights: dict[str, torch.Tensor]) -> Path:
+        "Write the average of a run as a pipeline."
+        pipe, c = StreamR1Pipeline.from_pretrained("tiny"), self.distillation
         load_wan_weights(pipe.sampler.net, weights)
-        c = self.distillation
-        return replace(pipe, sampler=replace(pipe.sampler, steps=c.steps, frames_per_block=c.frames_per_block, cache=c.cache, context_noise=c.context_noise))
+        sampler = replace(pipe.sampler, steps=c.steps, frames_per_block=c.frames_per_block, cache=c.cache, context_noise=c.context_noise)
+        return replace(pipe, sampler=sampler).save_pretrained(Path(self.out) / "pipeline")
 
     def prompts(self) -> list[str]:
         "The training captions."
         return [str(c) for c in caption_split()[0]]
 
-RUNS = tyro.extras.subcommand_type_from_defaults({"tiny": TinyRun(**vars(PRESETS["tiny"]))}, prefix_names=False)
+# %% ../nbs/cli.ipynb #bc32f3e7
+@dataclass(frozen=True)
+class WanRun(TrainConfig):
+    """Distil Wan2.1 with VideoReward, the published settings as defaults. On GPUs start it with torchrun, also on one."""
+    data: str = "prompts.txt"              # file with a prompt a line
+    student: str = "student.safetensors"   # causally initialised student: a file or folder of streamr1_ref.wan.read_weights
+    teacher: str = "Wan2.1-T2V-1.3B"       # teacher, 1.3B or 14B, likewise; the critic begins as a copy of it
+    base: str = "Wan2.1-T2V-1.3B-Diffusers"     # diffusers folder with text_encoder, tokenizer and vae
+    reward: str = "VideoReward"            # checkpoint folder of VideoAlign
+    reward_base: str = "Qwen2-VL-2B-Instruct"   # the model that it was tuned from
+    template: str | None = None            # file with the checkpoint's question; without it our own wording, with a warning
+    text_cache: str | None = None          # folder for prompt embeddings
+    latent_size: tuple[int, int] = (60, 104)    # rows and columns of the latents: 480 x 832 pixels
+    out: str = "runs/wan"                  # folder for checkpoints, log.jsonl and the distilled weights
+    resume: bool = False                   # go on from the newest checkpoint in `out`, if there is one
+    method: Literal["DMD", "Re-DMD", "inter", "intra", "Stream-R1"] | None = None     # sets the weighting
+
+    head_dim: int = 128                    # of all Wan2.1 models
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        "In which the sharded networks compute: bfloat16 on a GPU; they cannot do without torchrun there, which keeps their float32 weights."
+        return default_dtype(default_device()) if default_device().type == "cuda" else None
+
+    def models(self) -> Models:
+        "Everything from its files, on this process' device."
+        device = default_device()
+        reward = load_video_reward(self.reward, self.reward_base, self.template, default_dtype(device)).to(device)
+        return wan_models(self.student, self.teacher, self.base, reward, device, text_cache=self.text_cache, head_dim=self.head_dim, latent_size=self.latent_size)
+
+    def save(self, weights: dict[str, torch.Tensor]) -> Path:
+        "Write the average of a run, in official naming."
+        return save_tensors(Path(self.out) / "student.safetensors", weights)
+
+    def prompts(self) -> PromptFile:
+        "The lines of `data`."
+        return PromptFile(self.data)
+
+# %% ../nbs/cli.ipynb #eb0efb38
+RUNS = tyro.extras.subcommand_type_from_defaults({"tiny": TinyRun(**vars(PRESETS["tiny"])), "wan-1.3b": WanRun(**vars(PRESETS["wan-1.3b"]))}, prefix_names=False)
 
 def train(run: Annotated[RUNS, tyro.conf.arg(name="")]) -> None:
-    """Distil a student: `streamr1 train tiny`, or `torchrun --nproc-per-node N -m streamr1_ref.cli train tiny`."""
+    """Distil a student: `streamr1 train tiny`, or `torchrun --standalone --nproc-per-node N -m streamr1_ref.cli train tiny`."""
     run = with_method(run)
     folder, mesh = Path(run.out), start_processes()
     try:
-        models = run.models()
+        prompts, models = run.prompts(), run.models()
         size = sum(p.numel() * p.element_size() for net in (models.student, models.critic) for p in net.parameters())
         writable_folder(folder, needs=4 * size * (run.keep + 1))
         if not run.resume and list(folder.glob("checkpoints/step-*")):
             raise ValueError(f"out: {folder} holds the checkpoints of a run; go on with --resume, or choose another folder")
         for net in (models.student, models.critic, models.teacher):
-            shard(net, mesh)
-        trainer = Trainer(models, run.prompts(), run, folder, mesh)
+            shard(net, mesh, run.compute_dtype)
+        trainer = Trainer(models, prompts, run, folder, mesh)
         for problem in trainer.resume() if run.resume else []:
             print(f"{problem}; going on from the one before", file=sys.stderr)
         trainer.train()
         weights = trainer.weights()
         if trainer.rank == 0:
-            print("wrote", run.pipeline(trainer, weights).save_pretrained(folder / "pipeline"))
+            print("wrote", run.save(weights))
         trainer.barrier()
     finally:
         if mesh is not None:
             dist.destroy_process_group()
 
 # %% ../nbs/cli.ipynb #75c6f907
-def with_method(run: TinyRun) -> TinyRun:
+def with_method(run: TrainConfig) -> TrainConfig:
     """The run with the weighting of its `method`, the balance window its own."""
     if run.method is None:
         return run
     window = {"balance_window": run.weighting.balance_window, "balance_warmup": run.weighting.balance_warmup}
     return replace(run, weighting=replace(METHODS[run.method], **window))
 
+# %% ../nbs/cli.ipynb #6386da35
+FROZEN = (("text encoder", 5.68e9, 2 * 5.68e9 * 512), ("reward model", 2.2e9, 2 * 2.2e9 * 10_700 * 4), ("VAE", 0.127e9, 0.0))     # UMT5-XXL, Qwen2-VL-2B reading 10,700 tokens, Wan's VAE
+
+def plan_command(gpus: int = 8, teacher: Literal["1.3B", "14B"] = "1.3B", distillation: Distillation = PRESETS["wan-1.3b"].distillation) -> None:
+    """Memory and work of a training step at full scale, before anything is loaded (chapter 15).
+
+    Args:
+        gpus: Processes that share the networks.
+        teacher: Size of the teacher, and of the critic.
+        distillation: Settings of a step.
+    """
+    sizes = {"1.3B": WanConfig.wan_1_3b(), "14B": WanConfig.wan_14b()}
+    budget = plan(distillation, sizes["1.3B"], sizes[teacher], gpus, others=FROZEN)
+    print(f"{'':14}{'parameters':>12}{'weights':>10}{'training':>10}{'work':>10}   GiB on each of {gpus} GPUs{'PFLOP a step':>16}")
+    for b in budget:
+        print(f"{b.part:14}{b.parameters / 1e9:10.2f} B{b.weights / 2**30:10.1f}{b.training / 2**30:10.1f}{b.work / 2**30:10.1f}{b.flops / 1e15:40.1f}")
+    print(f"{'all':14}{'':12}{sum(b.memory for b in budget) / 2**30:10.1f} GiB of memory on each GPU{sum(b.flops for b in budget) / 1e15:44.1f}")
+
+def convert_command(source: Annotated[str, tyro.conf.Positional], target: Annotated[str, tyro.conf.Positional], naming: Literal["official", "diffusers"] = "official", head_dim: int = 128) -> None:
+    """Write a Wan2.1 transformer in the other naming, bit for bit.
+
+    Args:
+        source: File or folder: Wan's or diffusers' safetensors, or a released .pt.
+        target: Folder for diffusion_pytorch_model.safetensors and config.json.
+        naming: Of the tensors that are written.
+        head_dim: Of the attention heads.
+    """
+    print("wrote", convert(source, writable_folder(target), naming, head_dim))
+
 # %% ../nbs/cli.ipynb #5d273860
 def generate(pipeline: Annotated[str, tyro.conf.Positional] = "tiny", prompt: tuple[str, ...] = (), prompts: str | None = None, seconds: float = 5.0, seed: int = 0,
-             out: str = "videos", enlarge: int = 8) -> None:
-    """Sentences to videos.
+             out: str = "videos", enlarge: int | None = None, checkpoint: str | None = None, base: str | None = None, text_cache: str | None = None,
+             latent_size: tuple[int, int] = (60, 104), head_dim: int = 128, attention: str = "sdpa") -> None:
+    """Sentences to videos: of the tiny world's pipelines, or of Wan2.1 students with --checkpoint and --base. Under torchrun the processes share the sentences.
 
     Args:
         pipeline: A preset (tiny, tiny-start) or a folder of save_pretrained, such as runs/train/pipeline.
@@ -198,19 +271,33 @@ def generate(pipeline: Annotated[str, tyro.conf.Positional] = "tiny", prompt: tu
         seconds: Length.
         seed: Of the noise.
         out: Folder for 000.mp4, 001.mp4, ... and videos.json, which says what they are.
-        enlarge: Each pixel becomes a square of this many.
+        enlarge: Each pixel becomes a square of this many; by default 8 in the tiny world, 1 with Wan2.1.
+        checkpoint: File or folder with a Wan2.1 student, in any naming; then `pipeline` is not used.
+        base: Diffusers folder of Wan2.1 with text_encoder, tokenizer and vae.
+        text_cache: Folder for prompt embeddings.
+        latent_size: Rows and columns of Wan's latents; 60 104 is 480 x 832 pixels.
+        head_dim: Of the student's attention heads.
+        attention: See streamr1 info.
     """
     sentences = [*prompt, *(line.strip() for line in Path(prompts).read_text().splitlines() if line.strip())] if prompts else list(prompt)
     if not sentences:
         raise ValueError("prompt: expected at least one sentence, in --prompt or in a file given by --prompts")
-    folder, pipe = writable_folder(out), StreamR1Pipeline.from_pretrained(pipeline)
-    pipe.text(sentences)                                             # unknown words are found before any video is made
+    if (checkpoint is None) != (base is None):
+        raise ValueError(f"checkpoint, base: expected both or neither, got {checkpoint} and {base}")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    folder = writable_folder(out)
+    pipe = StreamR1Pipeline.from_pretrained(pipeline) if base is None else wan_pipeline(
+        checkpoint, base, text_cache=text_cache, latent_size=latent_size, head_dim=head_dim, attention=attention)
+    mine = list(enumerate(sentences))[rank::world]
+    for _, sentence in mine:
+        pipe.text([sentence])                                        # unknown words are found before any video is made
     made = []
-    for i, sentence in enumerate(progress_bar(sentences, "videos")):
-        path = write_mp4(folder / f"{i:03d}.mp4", pipe(sentence, seconds, seed)[0], pipe.fps, enlarge)
-        made.append({"file": path.name, "prompt": sentence, "seconds": seconds, "seed": seed, "pipeline": pipeline})
-    (folder / "videos.json").write_text(json.dumps(made, indent=1) + "\n")
-    print(f"wrote {len(made)} videos and videos.json to {folder}")
+    for i, sentence in progress_bar(mine, "videos", rank == 0):
+        path = write_mp4(folder / f"{i:03d}.mp4", pipe(sentence, seconds, seed)[0], pipe.fps, enlarge or (8 if base is None else 1))
+        made.append({"file": path.name, "prompt": sentence, "seconds": seconds, "seed": seed, "model": checkpoint or pipeline})
+    record = folder / ("videos.json" if world == 1 else f"videos-{rank}.json")
+    record.write_text(json.dumps(made, indent=1) + "\n")
+    print(f"wrote {len(made)} videos and {record.name} to {folder}")
 
 # %% ../nbs/cli.ipynb #cbbf2302
 def evaluate(pipeline: Annotated[str, tyro.conf.Positional] = "tiny", captions: int = 128, drift_captions: int = 8, seed: int = 0) -> None:
@@ -583,7 +670,7 @@ def bench(what: tyro.conf.OmitArgPrefixes[PARTS | ROLLOUT | STEP] = BenchParts()
     {BenchParts: bench_parts, BenchRollout: bench_rollout, BenchStep: bench_step}[type(what)](**vars(what))
 
 # %% ../nbs/cli.ipynb #5d6d2219
-COMMANDS = {"demo": demo, "train": train, "generate": generate, "evaluate": evaluate, "ablate": ablation, "bench": bench, "info": info,
+COMMANDS = {"demo": demo, "train": train, "plan": plan_command, "convert": convert_command, "generate": generate, "evaluate": evaluate, "ablate": ablation, "bench": bench, "info": info,
             "train-codec": train_codec, "train-teacher": train_teacher_command, "evaluate-teacher": evaluate_teacher_command,
             "make-pairs": make_pairs, "initialise-student": initialise_student, "evaluate-student": evaluate_student, "train-reward": train_reward}
 

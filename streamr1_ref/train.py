@@ -68,7 +68,9 @@ def start_processes() -> DeviceMesh | None:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    store, rank, world = next(dist.rendezvous("env://"))
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")             # the addresses of processes that died are still in the store
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=dist.PrefixStore(f"restart-{restart}", store), rank=rank, world_size=world)
     return init_device_mesh(kind, (dist.get_world_size(),))
 
 def shard(net: WanTransformer, mesh: DeviceMesh | None, dtype: torch.dtype | None = None) -> WanTransformer:

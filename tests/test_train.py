@@ -21,7 +21,7 @@ SMALL = ["--save-every", "2", "--distillation.batch", "1", "--distillation.frame
          "--distillation.micro-batches", "2", "--distillation.exit-group", "2"]
 CLI = [sys.executable, "-m", "streamr1_ref.cli", "train", "tiny", *SMALL]
 FIVE = ["--steps", "5"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]        # a static rendezvous hangs when torchrun restarts
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 pytestmark = pytest.mark.xdist_group("train")               # one worker: `whole` is made once
 SENTENCES = [str(c) for c in caption_split()[0]]
