@@ -84,7 +84,7 @@ def write_clips(folder: Path, name: str, clips: torch.Tensor, fps: int) -> None:
     write_mp4(folder / f"{name}.mp4", picture, fps, enlarge=6)
     write_gif(folder / f"{name}.gif", picture, fps, enlarge=3)
 
-def demo(out: str = "demo", seed: int = 0, steps: int = 32, seconds: float = 20.0, count: int = 6, captions: int = 64) -> None:
+def demo(out: str = "demo", seed: int = 0, steps: int = 24, seconds: float = 20.0, count: int = 6, captions: int = 64) -> None:
     """Distil the shipped student live, once with DMD and once with Stream-R1, and stream clips of it before and after.
 
     Args:
