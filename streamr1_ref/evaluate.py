@@ -71,7 +71,10 @@ def measure(pipe: StreamR1Pipeline, reward: RewardModel, cfg: Ablation, seed: in
     if not cfg.drift_captions:
         return row
     captions = spread(heldout, cfg.drift_captions)
-    stream = pipe([str(c) for c in captions], cfg.drift_seconds, seed)
+    video, frames = pipe.stream([str(c) for c in captions], seed), cfg.drift_seconds * pipe.fps
+    blocks = range(pipe.latent_frames(frames) // pipe.sampler.frames_per_block)
+    with torch.no_grad():                                                   # as decoded, not clamped to [0,1]: what a screen would cut off counts as flicker
+        stream = torch.cat([video.decode(next(video.blocks)) for _ in blocks], 1)[:, :frames]
     first, last = stream[:, :5 * pipe.fps], stream[:, -5 * pipe.fps:]
     metrics = {"motion_error": lambda x: motion_error(x, captions), "sharpness": sharpness, "flicker": flicker_level}
     change = {f"{name}, last 5 s - first": (metric(last) - metric(first)).mean().item() for name, metric in metrics.items()}
