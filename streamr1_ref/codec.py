@@ -183,11 +183,11 @@ class WanVAEStreamDecoder:
         self.codec, self.memory, self.started = codec, list(codec.vae._feat_map), False
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
-        "Block [B,f,C,h,w] -> its video frames in [0,1]."
+        "Block [B,f,C,h,w] -> its video frames in [0,1], float32 whatever the VAE computes in."
         vae, z = self.codec.vae, check_tensor("latents", latents, "B F C H W", C=self.codec.channels).transpose(1, 2).to(self.codec.vae.dtype)
         z = vae.post_quant_conv(z * self.codec.std.to(z) + self.codec.mean.to(z))
         frames = []
         for latent in z.split(1, dim=2):
             frames.append(vae.decoder(latent, feat_cache=self.memory, feat_idx=[0], first_chunk=not self.started))
             self.started = True
-        return ((torch.cat(frames, 2).clamp(-1, 1) + 1) / 2).transpose(1, 2)
+        return ((torch.cat(frames, 2).float().clamp(-1, 1) + 1) / 2).transpose(1, 2)

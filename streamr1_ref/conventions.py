@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -121,20 +122,31 @@ def to_bytes(clip: torch.Tensor, enlarge: int = 1) -> torch.Tensor:
     frames = check_tensor("clip", clip, "T C H W", C=3).detach().float().cpu().clamp(0, 1).mul(255).round().byte()
     return frames.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3).permute(0, 2, 3, 1).contiguous()
 
-def write_mp4(path: str | Path, clip: torch.Tensor, fps: int = 16, enlarge: int = 1) -> Path:
-    """Write one clip [T,3,H,W] in [0,1] as H.264; each pixel becomes a square of `enlarge` pixels. Returns the path."""
-    frames = to_bytes(clip, enlarge).numpy()
-    H, W = frames.shape[1:3]
+def write_mp4(path: str | Path, clip: torch.Tensor | Iterable[torch.Tensor], fps: int = 16, enlarge: int = 1) -> Path:
+    """Write one clip [T,3,H,W] in [0,1], or any iterable of frames [3,H,W], as H.264; each pixel becomes a square of `enlarge` pixels. Returns the path.
+
+    The file has its name when it is whole. ValueError for odd sides or no frame.
+    """
+    path = Path(path)
+    frames = (to_bytes(frame[None], enlarge)[0].numpy() for frame in (clip if not isinstance(clip, torch.Tensor) else check_tensor("clip", clip, "T C H W", C=3)))
+    if (first := next(frames, None)) is None:
+        raise ValueError("clip: expected at least one frame, got none")
+    H, W = first.shape[:2]
     if H % 2 or W % 2:
-        raise ValueError(f"clip: H.264 needs even sides, got {clip.shape[2]}x{clip.shape[3]} enlarged {enlarge} times")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "18"})
-        stream.height, stream.width, stream.pix_fmt = H, W, "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    return Path(path)
+        raise ValueError(f"clip: H.264 needs even sides, got {H // enlarge}x{W // enlarge} enlarged {enlarge} times")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name[-80:]}.partial")
+    try:
+        with av.open(str(partial), "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=fps, options={"crf": "18"})
+            stream.height, stream.width, stream.pix_fmt = H, W, "yuv420p"
+            for frame in chain([first], frames):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
 
 def write_gif(path: str | Path, clip: torch.Tensor, fps: int = 16, enlarge: int = 1) -> Path:
     """Write one clip [T,3,H,W] in [0,1] as a GIF that repeats for ever (256 colours a frame). Returns the path."""

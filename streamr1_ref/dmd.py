@@ -17,8 +17,8 @@ from .flow import FlowSchedule, flow_to_x0, mix_noise
 from .teacher import seeded
 
 # %% auto #0
-__all__ = ['guided', 'dmd_gradient', 'toward', 'dmd_loss', 'critic_loss', 'predictions', 'score_timesteps', 'Mixture', 'PlaneNet',
-           'LabConfig', 'Lab', 'energy_distance', 'mode_shares']
+__all__ = ['guided', 'dmd_gradient', 'toward', 'dmd_loss', 'flow_of', 'critic_loss', 'predictions', 'score_timesteps', 'Mixture',
+           'PlaneNet', 'LabConfig', 'Lab', 'energy_distance', 'mode_shares']
 
 # %% ../nbs/07_dmd_gradient.ipynb #c90e3d03
 def guided(cond: torch.Tensor, uncond: torch.Tensor | None, guidance: float) -> torch.Tensor:
@@ -59,11 +59,15 @@ def dmd_loss(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     return toward(x, gradient).mean()
 
 # %% ../nbs/07_dmd_gradient.ipynb #3c027a84
+def flow_of(net: Callable, x_t: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+    """A network's flow in the precision of x_t [B,F,C,H,W]; the network itself gets x_t in that of the prompt's embeddings, which is the one it computes in."""
+    return net(x_t.to(prompt_embeds.dtype), timestep, prompt_embeds).to(x_t.dtype)
+
 def critic_loss(critic: Callable, x0: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor,
                 schedule: FlowSchedule) -> torch.Tensor:
     """Flow matching of the critic on the student's video x0 [B,F,C,H,W], a constant: mean (flow - (noise - x0))^2; timestep [B] in [0,1000]."""
     x0 = x0.detach()
-    flow = critic(schedule.add_noise(x0, noise, timestep), timestep, prompt_embeds)
+    flow = flow_of(critic, schedule.add_noise(x0, noise, timestep), timestep, prompt_embeds)
     return (flow - (noise - x0)).square().mean()
 
 @torch.no_grad()
@@ -71,7 +75,7 @@ def predictions(teacher: Callable, critic: Callable, x: torch.Tensor, noise: tor
                 null_embeds: torch.Tensor | None, schedule: FlowSchedule) -> dict[str, torch.Tensor]:
     """x0 predictions on x at one noise level per clip: fake_cond of the critic, real_cond and real_uncond of the teacher; arguments of `dmd_gradient`."""
     x_t = schedule.add_noise(x.detach(), noise, timestep)
-    x0 = lambda net, embeds: schedule.x0_from_flow(net(x_t, timestep, embeds), x_t, timestep)
+    x0 = lambda net, embeds: schedule.x0_from_flow(flow_of(net, x_t, timestep, embeds), x_t, timestep)
     return {"fake_cond": x0(critic, prompt_embeds), "real_cond": x0(teacher, prompt_embeds),
             "real_uncond": None if null_embeds is None else x0(teacher, null_embeds)}
 

@@ -177,7 +177,7 @@ def rollout(self: Distiller, update: int, micro: int) -> tuple[torch.Tensor, lis
     "The student's own clips: latents [B,F,C,h,w], sentences, embeddings, and the generator for what is drawn next."
     generator, prompts, exits = self.draw(update, micro)
     cfg, m, embeds = self.cfg, self.models, self.models.text(prompts)
-    noise = torch.randn(len(prompts), cfg.frames, m.student.cfg.in_channels, *m.student.cfg.latent_size, generator=generator).to(embeds)
+    noise = torch.randn(len(prompts), cfg.frames, m.student.cfg.in_channels, *m.student.cfg.latent_size, generator=generator).to(embeds.device)
     made = self_forcing_rollout(m.student, noise, embeds, m.schedule, cfg.steps, exits, cfg.frames_per_block, cfg.cache, cfg.evict,
                                 generator=generator, context_noise=cfg.context_noise)
     return made.latents, prompts, embeds, generator

@@ -30,7 +30,7 @@ from fastcore.basics import patch
 from matplotlib.image import imsave
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from .conventions import film_strip
@@ -53,10 +53,11 @@ class TrainConfig:
     keep: int = 2                         # checkpoints
     sample_every: int = 0                 # steps between pictures of the average's clips; 0 is never
     max_skipped: int = 10                 # steps in a row before giving up
+    checkpointing: bool = False           # compute the layers' activations again in the backward pass, instead of keeping them
     tensorboard: bool = False
 
 PRESETS = {"tiny": TrainConfig(distillation=Distillation(batch=4, critic_steps=2), weighting=Weighting(balance_window=16, balance_warmup=16)),
-           "wan-1.3b": TrainConfig(steps=200, ema=0.99, ema_start=5, save_every=20,
+           "wan-1.3b": TrainConfig(steps=200, ema=0.99, ema_start=5, save_every=20, checkpointing=True,
                                    distillation=Distillation(batch=1, micro_batches=64, exit_group=8, frames=21, critic_steps=5, student_lr=2e-6,
                                                              critic_lr=4e-7, betas=(0.0, 0.999), evict=False))}
 
@@ -73,12 +74,16 @@ def start_processes() -> DeviceMesh | None:
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=dist.PrefixStore(f"restart-{restart}", store), rank=rank, world_size=world)
     return init_device_mesh(kind, (dist.get_world_size(),))
 
-def shard(net: WanTransformer, mesh: DeviceMesh | None, dtype: torch.dtype | None = None) -> WanTransformer:
-    """Split a network over `mesh`, block by block, in place; it computes in `dtype`, if given, and keeps its weights and reduces gradients in float32."""
+def shard(net: WanTransformer, mesh: DeviceMesh | None, dtype: torch.dtype | None = None, offload: bool = False) -> WanTransformer:
+    """Split a network over `mesh`, block by block, in place, and move the pieces to its devices; it computes in `dtype`, if given, and keeps its weights and reduces gradients in float32.
+
+    With `offload` the pieces wait in the CPU's memory until their block runs: for networks that are not trained.
+    """
     if mesh is not None:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False)
+        place = {"offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")} if offload else {}
         for part in (*net.blocks, net):
-            fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)    # whole weights never linger, which optimizer and average rely on
+            fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True, **place)    # whole weights never linger, which optimizer and average rely on
     return net
 
 def local(x: torch.Tensor) -> torch.Tensor:
@@ -95,6 +100,7 @@ class Trainer(Distiller):
         for name in ("micro_batches", "exit_group"):
             if self.world > 1 and getattr(self.cfg, name) % self.world:
                 raise ValueError(f"{name}: expected a multiple of the {self.world} processes, got {getattr(self.cfg, name)}")
+        models.student.checkpointing = models.critic.checkpointing = cfg.checkpointing
         self.average = {name: p.detach().clone() for name, p in models.student.named_parameters()}
         for optimizer in (self.student_optimizer, self.critic_optimizer):
             for p in optimizer.param_groups[0]["params"]:
@@ -353,7 +359,7 @@ def sample(self: Trainer, count: int = 4) -> torch.Tensor:
     cfg, m = self.cfg, self.models
     prompts = [self.prompts[i] for i in range(min(count, len(self.prompts)))]
     embeds = m.text(prompts)
-    noise = torch.randn(len(prompts), cfg.frames, m.student.cfg.in_channels, *m.student.cfg.latent_size, generator=seeded(cfg.seed, stream=3)).to(embeds)
+    noise = torch.randn(len(prompts), cfg.frames, m.student.cfg.in_channels, *m.student.cfg.latent_size, generator=seeded(cfg.seed, stream=3)).to(embeds.device)
     with self.averaged() as net:
         sampler = StreamSampler(net, m.schedule, cfg.steps, cfg.frames_per_block, cfg.cache, cfg.context_noise)
         return m.codec.decode(sampler.sample(noise, embeds, generator=seeded(cfg.seed, stream=4))).clamp(0, 1)

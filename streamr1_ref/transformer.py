@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from fastcore.basics import patch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .conventions import check_tensor
 
@@ -201,6 +203,7 @@ class WanTransformer(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
         self.head = Head(cfg)
+        self.checkpointing = False          # keep only what enters a layer for the backward pass, and compute the rest again
 
 # %% ../nbs/03_transformer.ipynb #95acaae4
 @patch
@@ -251,8 +254,10 @@ def forward(self: WanTransformer, x_t: torch.Tensor, timestep: torch.Tensor, pro
     else:
         table, memories = cache.recall(len(x_t), f, (h, w))
     x, context = tokens.flatten(1, 3), self.embed_prompt(prompt_embeds)
+    again = self.checkpointing and torch.is_grad_enabled()
     for block, memory in zip(self.blocks, memories):
-        x = block(x, time6, context, table, memory, mask)
+        run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False) if again else block
+        x = run(x, time6, context, table, memory, mask)
     return from_tokens(self.head(x, time).unflatten(1, (f, h, w)), self.cfg.patch_size)
 
 # %% ../nbs/03_transformer.ipynb #182c8eb2

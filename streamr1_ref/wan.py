@@ -11,7 +11,8 @@ import json
 import re
 import warnings
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -30,11 +31,11 @@ from .rollout import StreamSampler
 from .transformer import WanConfig, WanTransformer, load_wan_weights, to_diffusers_name, to_official_name, unwrap_state_dict
 
 # %% auto #0
-__all__ = ['CLIP_MEAN', 'CLIP_STD', 'OWN_WORDING', 'REWARD_TOKENS', 'read_weights', 'official', 'config_of', 'load_wan',
-           'diffusers_config', 'convert', 'UMT5Text', 'video_patches', 'question', 'VideoReward', 'merge_lora',
-           'newest_checkpoint', 'normalisation', 'load_video_reward', 'with_checkpoint', 'forward_flops',
-           'rollout_flops', 'Budget', 'parameter_count', 'plan', 'PromptFile', 'load_text_and_vae', 'wan_pipeline',
-           'wan_models']
+__all__ = ['SIZES', 'CLIP_MEAN', 'CLIP_STD', 'OWN_WORDING', 'REWARD_TOKENS', 'read_weights', 'official', 'config_of',
+           'model_size', 'latent_size_of', 'load_wan', 'diffusers_config', 'convert', 'UMT5Text', 'video_patches',
+           'question', 'VideoReward', 'merge_lora', 'newest_checkpoint', 'normalisation', 'load_video_reward',
+           'with_checkpoint', 'forward_flops', 'rollout_flops', 'Budget', 'parameter_count', 'plan', 'check_memory',
+           'PromptFile', 'load_text_and_vae', 'compile_blocks', 'wan_pipeline', 'wan_models']
 
 # %% ../nbs/15_wan.ipynb #f72e423e
 def read_weights(path: str | Path) -> dict:
@@ -52,12 +53,16 @@ def read_weights(path: str | Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:                                   # whatever a damaged or foreign file makes it say
-        raise ValueError(f"path: {path} ({path.stat().st_size} bytes) is damaged, or holds more than weights: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"path: {path} ({path.stat().st_size} bytes) is damaged, or holds more than weights, and code in files is never run here: {str(error).splitlines()[0]} "
+                         "If you trust its author, open it on another machine and save its tensors with safetensors.torch.save_file") from error
 
 # %% ../nbs/15_wan.ipynb #c68fac01
 def official(weights: dict) -> dict[str, torch.Tensor]:
-    """Weights under official names, unwrapped, whatever naming they came in."""
+    """Weights under official names, unwrapped, whatever naming they came in; ValueError if it is a mixture."""
     flat = unwrap_state_dict(weights)
+    theirs, ours = ([n for n in flat if to_official_name(n) != n], [n for n in flat if to_diffusers_name(n) != n])
+    if set(theirs) - set(ours) and set(ours) - set(theirs):
+        raise ValueError(f"weights: expected one naming, got diffusers' ({min(set(theirs) - set(ours))}) and the official one ({min(set(ours) - set(theirs))})")
     return {to_official_name(n): t for n, t in flat.items()} if any(n.startswith("condition_embedder.") for n in flat) else flat
 
 # %% ../nbs/15_wan.ipynb #ac4513af
@@ -78,11 +83,30 @@ def config_of(weights: dict, head_dim: int = 128, latent_size: tuple[int, int] =
                    text_dim=text.shape[1], freq_dim=time.shape[1], patch_size=tuple(patch_size), latent_size=tuple(latent_size))
 
 # %% ../nbs/15_wan.ipynb #62ea7597
-def load_wan(path: str | Path, dtype: torch.dtype | None = None, head_dim: int = 128, latent_size: tuple[int, int] = (60, 104)) -> WanTransformer:
-    """The transformer in a file or folder of `read_weights`, without gradients; weights stay memory-mapped until they are used or moved."""
+SIZES = {"1.3B": WanConfig.wan_1_3b(), "14B": WanConfig.wan_14b()}
+
+def model_size(cfg: WanConfig) -> str:
+    """The name in SIZES of a network of this width and depth, else what they are."""
+    return next((name for name, c in SIZES.items() if (c.dim, c.num_layers) == (cfg.dim, cfg.num_layers)), f"a network of width {cfg.dim} with {cfg.num_layers} layers")
+
+def latent_size_of(resolution: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of Wan's latents for a video of (height, width) pixels; ValueError unless both are multiples of 16 (8 of the VAE, 2 of a patch)."""
+    if len(resolution) != 2 or min(resolution) < 16 or resolution[0] % 16 or resolution[1] % 16:
+        raise ValueError(f"resolution: expected height and width in multiples of 16, such as 480 832, got {tuple(resolution)}")
+    return resolution[0] // 8, resolution[1] // 8
+
+# %% ../nbs/15_wan.ipynb #43633772
+def load_wan(path: str | Path, dtype: torch.dtype | None = None, head_dim: int = 128, latent_size: tuple[int, int] = (60, 104), size: str | None = None) -> WanTransformer:
+    """The transformer in a file or folder of `read_weights`, without gradients; weights stay memory-mapped until they are used or moved.
+
+    ValueError if they are not those of the model `size`, "1.3B" or "14B", where one is given.
+    """
     weights = official(read_weights(path))
+    cfg = config_of(weights, head_dim, latent_size)
+    if size is not None and model_size(cfg) != size:
+        raise ValueError(f"path: expected the weights of Wan2.1 {size}, {path} holds those of {model_size(cfg)}")
     with torch.device("meta"):
-        net = WanTransformer(config_of(weights, head_dim, latent_size))
+        net = WanTransformer(cfg)
     load_wan_weights(net, weights)
     return net.requires_grad_(False) if dtype is None else net.to(dtype).requires_grad_(False)
 
@@ -106,39 +130,65 @@ def convert(source: str | Path, target: str | Path, naming: str, head_dim: int =
 
 # %% ../nbs/15_wan.ipynb #5241b819
 class UMT5Text:
-    """A `TextEncoder` around transformers' UMT5EncoderModel and its tokenizer, padded with zeros to `length` tokens; `cache` is a folder for embeddings."""
-    def __init__(self, model: nn.Module, tokenizer, length: int = 512, cache: str | Path | None = None, name: str = "umt5-xxl"):
-        self.model, self.tokenizer, self.length, self.name = model.eval().requires_grad_(False), tokenizer, length, name
+    """A `TextEncoder` around transformers' UMT5EncoderModel and its tokenizer, padded with zeros to `length` tokens; `cache` is a folder for embeddings.
+
+    It computes on `device`, by default where the model is; if that is elsewhere, the model moves there for a call and back (offload).
+    Longer sentences are a ValueError, or cut if `truncate`, as Wan's own code does in silence.
+    """
+    def __init__(self, model: nn.Module, tokenizer, length: int = 512, cache: str | Path | None = None, name: str = "umt5-xxl", truncate: bool = False, device: torch.device | str | None = None):
+        self.model, self.tokenizer, self.length, self.name, self.truncate = model.eval().requires_grad_(False), tokenizer, length, name, truncate
         self.cache = None if cache is None else Path(cache)
+        self.device = torch.device(device) if device else next(model.parameters()).device
 
-    @torch.no_grad()
-    def encode(self, prompts: list[str]) -> torch.Tensor:
-        "Sentences -> [B,length,text_dim], zeros behind the end of each."
-        cleaned = [" ".join(html.unescape(html.unescape(p)).split()) for p in prompts]
-        tokens = self.tokenizer(cleaned, padding="max_length", max_length=self.length, truncation=True, return_attention_mask=True, return_tensors="pt")
-        device = next(self.model.parameters()).device
-        ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
-        return self.model(ids, mask).last_hidden_state * mask[..., None].to(self.model.dtype)
+    @contextmanager
+    def placed(self) -> Iterator[nn.Module]:
+        "The model on `device`, for as long as the context lasts."
+        home = next(self.model.parameters()).device
+        try:
+            yield self.model.to(self.device)
+        finally:
+            self.model.to(home)
 
-    def __call__(self, prompts: list[str]) -> torch.Tensor:
-        "Like `encode`, each sentence at most once if there is a cache."
-        if isinstance(prompts, str):
-            raise TypeError(f"prompts: expected a list of sentences, got the single sentence {prompts!r}")
-        if self.cache is None:
-            return self.encode(prompts)
+# %% ../nbs/15_wan.ipynb #2bb63dbe
+@patch
+@torch.no_grad()
+def encode(self: UMT5Text, prompts: list[str]) -> torch.Tensor:
+    "Sentences -> [B,length,text_dim], zeros behind the end of each."
+    cleaned = [" ".join(html.unescape(html.unescape(p)).split()) for p in prompts]
+    longest = max((len(ids), p) for ids, p in zip(self.tokenizer(cleaned).input_ids, prompts))
+    if longest[0] > self.length and not self.truncate:
+        raise ValueError(f"prompts: expected at most {self.length} tokens, got {longest[0]} in {longest[1][:60]!r}...")
+    tokens = self.tokenizer(cleaned, padding="max_length", max_length=self.length, truncation=True, return_attention_mask=True, return_tensors="pt")
+    ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
+    with self.placed() as model:
+        return model(ids, mask).last_hidden_state * mask[..., None].to(model.dtype)
+
+@patch
+def __call__(self: UMT5Text, prompts: list[str]) -> torch.Tensor:
+    "Like `encode`, each sentence at most once if there is a cache."
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts: expected a list of sentences, got the single sentence {prompts!r}")
+    if self.cache is None:
+        return self.encode(prompts)
+    with nullcontext() if all(self.place(p).exists() for p in prompts) else self.placed():          # to the device once for all
         return torch.cat([self.remembered(p) for p in prompts])
 
 # %% ../nbs/15_wan.ipynb #e53f2fbc
 @patch
+def place(self: UMT5Text, prompt: str) -> Path:
+    "File in the cache for a sentence: a hash of it, the model's name and the length."
+    key = hashlib.sha256(json.dumps([self.name, self.length, prompt]).encode()).hexdigest()[:32]
+    return self.cache / key[:2] / f"{key}.safetensors"
+
+@patch
 def remembered(self: UMT5Text, prompt: str) -> torch.Tensor:
     "The embedding [1,length,text_dim] of a sentence, from the cache's folder or for it; without padding on disk."
-    key = hashlib.sha256(json.dumps([self.name, self.length, prompt]).encode()).hexdigest()[:32]
-    path = self.cache / key[:2] / f"{key}.safetensors"
+    path = self.place(prompt)
     if not path.exists():
         made = self.encode([prompt])
         end = int(made.abs().amax((0, 2)).nonzero().max()) + 1 if made.any() else 1
         save_tensors(path, {"embedding": made[:, :end]})
-    found = load_tensors(path)[0]["embedding"].to(next(self.model.parameters()).device)
+    found = load_tensors(path)[0]["embedding"].to(self.device)
     return F.pad(found, (0, 0, 0, self.length - found.shape[1]))
 
 # %% ../nbs/15_wan.ipynb #3826bff7
@@ -330,10 +380,12 @@ def parameter_count(cfg: WanConfig) -> int:
 
 # %% ../nbs/15_wan.ipynb #61f3af8e
 def plan(run: Distillation, student: WanConfig, teacher: WanConfig, gpus: int = 1, width: int = 2, checkpointing: bool = True,
-         others: Sequence[tuple[str, float, float]] = ()) -> list[Budget]:
-    """Memory and work of a training step per part. Weights are kept in float32 and sharded, computing is in `width` bytes; `others` are frozen parts whole on every GPU: name, parameters, operations per clip of the student's update."""
+         others: Sequence[tuple[str, float, float]] = (), offload: Sequence[str] = ()) -> list[Budget]:
+    """Memory and work of a training step per part. Weights are kept in float32 and sharded, computing is in `width` bytes; `others` are frozen parts whole on every GPU: name, parameters, operations per clip of the student's update. The weights of parts in `offload` are not on a GPU."""
     if gpus < 1 or run.micro_batches % gpus:
         raise ValueError(f"gpus: expected a divisor of micro_batches={run.micro_batches}, got {gpus}")
+    if unknown := set(offload) - {"teacher", *(name for name, *_ in others)}:
+        raise ValueError(f"offload: expected frozen parts, teacher or {', '.join(name for name, *_ in others)}, got {', '.join(sorted(unknown))}")
     rows, columns = (n // p for n, p in zip(student.latent_size, student.patch_size[1:]))
     kept = lambda cfg: (1 if checkpointing else 16) * cfg.num_layers * run.frames * rows * columns * cfg.dim * width * run.batch
     cache = 2 * student.num_layers * run.frames * rows * columns * student.dim * width * run.batch
@@ -344,7 +396,14 @@ def plan(run: Distillation, student: WanConfig, teacher: WanConfig, gpus: int = 
                     m * (run.critic_steps * rollout_flops(student, run) + rollout_flops(student, run, backward=redo))),
              Budget("critic", sizes[1], 4 * sizes[1] / gpus, 12 * sizes[1] / gpus, kept(teacher), m * (run.critic_steps * (1 + redo) + 1) * whole(teacher)),
              Budget("teacher", sizes[2], 4 * sizes[2] / gpus, 0.0, 0.0, m * 2 * whole(teacher))]
-    return parts + [Budget(name, count, width * count, 0.0, 0.0, m * run.batch * flops) for name, count, flops in others]
+    parts += [Budget(name, count, width * count, 0.0, 0.0, m * run.batch * flops) for name, count, flops in others]
+    return [replace(b, weights=0.0) if b.part in offload else b for b in parts]
+
+def check_memory(budget: Sequence[Budget], available: float) -> None:
+    """ValueError with the plan's figures if it needs more than `available` bytes of memory on a GPU."""
+    if (need := sum(b.memory for b in budget)) > available:
+        figures = ", ".join(f"{b.part} {b.memory / 2**30:.1f}" for b in budget)
+        raise ValueError(f"gpus: expected {need / 2**30:.1f} GiB of memory on each ({figures}), there are {available / 2**30:.1f}; take more GPUs, offload the teacher and the text encoder, or choose fewer frames")
 
 # %% ../nbs/15_wan.ipynb #872709e8
 class PromptFile(Sequence):
@@ -368,35 +427,47 @@ class PromptFile(Sequence):
             return file.readline().decode("utf-8").strip()
 
 # %% ../nbs/15_wan.ipynb #6fab4b13
-def load_text_and_vae(base: str | Path, device: torch.device | str, dtype: torch.dtype, cache: str | Path | None = None, length: int = 512) -> tuple[UMT5Text, WanVAECodec]:
-    """Text encoder and codec in a diffusers folder of Wan2.1 (text_encoder/, tokenizer/, vae/). FileNotFoundError names what is missing."""
+def load_text_and_vae(base: str | Path, device: torch.device | str, dtype: torch.dtype, cache: str | Path | None = None, length: int = 512, truncate: bool = False,
+                      offload: bool = False) -> tuple[UMT5Text, WanVAECodec]:
+    """Text encoder and codec in a diffusers folder of Wan2.1 (text_encoder/, tokenizer/, vae/). With `offload` the encoder stays on the CPU between calls. FileNotFoundError names what is missing."""
     from diffusers import AutoencoderKLWan                                     # seconds to import, and needed here only
     from transformers import AutoTokenizer, UMT5EncoderModel
     base = Path(base)
     if missing := [name for name in ("text_encoder", "tokenizer", "vae") if not (base / name).is_dir()]:
         raise FileNotFoundError(f"base: expected the folders {', '.join(missing)} in {base}")
-    encoder = UMT5EncoderModel.from_pretrained(base / "text_encoder", dtype=dtype).to(device)
+    encoder = UMT5EncoderModel.from_pretrained(base / "text_encoder", dtype=dtype).to("cpu" if offload else device)
     vae = AutoencoderKLWan.from_pretrained(base / "vae", torch_dtype=dtype).to(device).eval().requires_grad_(False)
-    return UMT5Text(encoder, AutoTokenizer.from_pretrained(base / "tokenizer"), length, cache, base.name), WanVAECodec(vae)
+    return UMT5Text(encoder, AutoTokenizer.from_pretrained(base / "tokenizer"), length, cache, base.name, truncate, device), WanVAECodec(vae)
 
 # %% ../nbs/15_wan.ipynb #fb122ab6
+def compile_blocks(net: WanTransformer, backend: str = "inductor") -> WanTransformer:
+    """Compile every layer of `net`, in place, and return it. The first call of each visible length takes a while: three of them for blocks of 3 and a window of 9."""
+    for block in net.blocks:
+        block.compile(backend=backend, dynamic=False)
+    return net
+
+# %% ../nbs/15_wan.ipynb #34856b7f
 def wan_pipeline(checkpoint: str | Path, base: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None, text_cache: str | Path | None = None,
-                 attention: str = "sdpa", head_dim: int = 128, latent_size: tuple[int, int] = (60, 104), **settings) -> StreamR1Pipeline:
+                 attention: str = "sdpa", compiled: bool = False, head_dim: int = 128, latent_size: tuple[int, int] = (60, 104), size: str | None = None, **settings) -> StreamR1Pipeline:
     """A student's weights with the text encoder and VAE in `base`; `settings` are those of `StreamSampler`. bfloat16 on a GPU, float32 on a CPU."""
     device = torch.device(device or default_device())
     dtype = dtype or default_dtype(device)
-    net = load_wan(checkpoint, dtype, head_dim, latent_size).to(device)
+    net = set_attention(load_wan(checkpoint, dtype, head_dim, latent_size, size).to(device), attention)
     text, codec = load_text_and_vae(base, device, dtype, text_cache, net.cfg.text_len)
-    return StreamR1Pipeline(StreamSampler(set_attention(net, attention), **settings), text, codec)
+    return StreamR1Pipeline(StreamSampler(compile_blocks(net) if compiled else net, **settings), text, codec)
 
 # %% ../nbs/15_wan.ipynb #7e132fe9
 def wan_models(student: str | Path, teacher: str | Path, base: str | Path, reward: RewardModel, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-               text_cache: str | Path | None = None, head_dim: int = 128, latent_size: tuple[int, int] = (60, 104)) -> Models:
-    """Student, teacher, a critic that begins as the teacher, and what surrounds them. Networks stay in float32, for `shard` to split; ValueError if their latents or texts differ."""
+               text_cache: str | Path | None = None, head_dim: int = 128, latent_size: tuple[int, int] = (60, 104), sizes: tuple[str | None, str | None] = (None, None),
+               offload_text: bool = False) -> Models:
+    """Student, teacher, a critic that begins as the teacher, and what surrounds them on `device`. The networks stay on the CPU, in float32 and memory-mapped, for `shard` to split and move; ValueError if their latents or texts differ.
+
+    `sizes` of student and teacher as in `load_wan`. Sentences that are too long are cut, as in the published training.
+    """
     device = torch.device(device or default_device())
-    nets = [load_wan(path, torch.float32, head_dim, latent_size).to(device) for path in (student, teacher, teacher)]
+    nets = [load_wan(path, torch.float32, head_dim, latent_size, size) for path, size in ((student, sizes[0]), (teacher, sizes[1]), (teacher, sizes[1]))]
     a, b = nets[0].cfg, nets[1].cfg
     if (a.in_channels, a.text_dim, a.patch_size) != (b.in_channels, b.text_dim, b.patch_size):
         raise ValueError(f"teacher: expected the student's latents and text, {a.in_channels} channels, text {a.text_dim}, got {b.in_channels} and {b.text_dim}")
-    text, codec = load_text_and_vae(base, device, dtype or default_dtype(device), text_cache, a.text_len)
+    text, codec = load_text_and_vae(base, device, dtype or default_dtype(device), text_cache, a.text_len, truncate=True, offload=offload_text)
     return Models(nets[0].requires_grad_(True), nets[2].requires_grad_(True), nets[1], text, codec, reward)
