@@ -31,7 +31,7 @@ from .rollout import StreamSampler
 from .transformer import WanConfig, WanTransformer, load_wan_weights, to_diffusers_name, to_official_name, unwrap_state_dict
 
 # %% auto #0
-__all__ = ['SIZES', 'CLIP_MEAN', 'CLIP_STD', 'OWN_WORDING', 'REWARD_TOKENS', 'read_weights', 'official', 'config_of',
+__all__ = ['SIZES', 'CLIP_MEAN', 'CLIP_STD', 'OWN_WORDING', 'REWARD_TOKENS', 'FROZEN', 'read_weights', 'official', 'config_of',
            'model_size', 'latent_size_of', 'load_wan', 'diffusers_config', 'convert', 'UMT5Text', 'video_patches',
            'question', 'VideoReward', 'merge_lora', 'newest_checkpoint', 'normalisation', 'load_video_reward',
            'with_checkpoint', 'forward_flops', 'rollout_flops', 'Budget', 'parameter_count', 'plan', 'check_memory',
@@ -404,6 +404,9 @@ def check_memory(budget: Sequence[Budget], available: float) -> None:
     if (need := sum(b.memory for b in budget)) > available:
         figures = ", ".join(f"{b.part} {b.memory / 2**30:.1f}" for b in budget)
         raise ValueError(f"gpus: expected {need / 2**30:.1f} GiB of memory on each ({figures}), there are {available / 2**30:.1f}; take more GPUs, offload the teacher and the text encoder, or choose fewer frames")
+
+# %% ../nbs/15_wan.ipynb #20d31267
+FROZEN = (("text encoder", 5.68e9, 5.8e12), ("reward model", 2.21e9, 7.5e14), ("VAE", 0.127e9, 2.75e14))     # name, parameters, operations per clip of the student's update
 
 # %% ../nbs/15_wan.ipynb #872709e8
 class PromptFile(Sequence):
