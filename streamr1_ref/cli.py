@@ -12,15 +12,18 @@ import platform
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
 import tyro
+from fastcore.basics import patch
 from matplotlib.figure import Figure
 from torch.utils.benchmark import Timer
 
@@ -29,6 +32,8 @@ from .cache import CacheConfig
 from .codec import WanVAECodec, load_codec, save_codec
 from .conventions import data_path, default_device, default_dtype, film_strip, side_by_side, save_tensors, writable_folder, write_gif, write_mp4
 from .conventions import progress as progress_bar
+from .fullscale import (DOWNLOADS, SMALL, TRAINING, Sizes, check_files, download, random_models, random_pipeline, score_videos, video_name,
+                                    write_table)
 from .evaluate import Ablation, ablate, collect_logs, distil, measure, pipeline_of
 from .objective import METHODS, Distillation, Distiller, Models, judge_rollouts, tiny_models
 from .pipeline import StreamR1Pipeline
@@ -40,17 +45,19 @@ from .teacher import (TeacherTraining, codec_floor, evaluate_teacher, load_teach
                                   train_teacher)
 from .train import PRESETS, TrainConfig, Trainer, shard, start_processes
 from .transformer import WanConfig, WanTransformer, load_wan_weights
-from .wan import PromptFile, convert, load_video_reward, plan, wan_models, wan_pipeline
+from .wan import (FROZEN, SIZES, PromptFile, check_memory, config_of, convert, latent_size_of, load_video_reward, model_size, official, parameter_count, plan,
+                              read_weights, wan_models, wan_pipeline)
 from .world import Oracle, caption_split, mixed_clips, sample_clips
 
 # %% auto #0
-__all__ = ['RUNS', 'FROZEN', 'PARTS', 'ROLLOUT', 'STEP', 'COMMANDS', 'curves_figure', 'saliency_figure', 'write_clips', 'demo',
-           'before_and_after', 'TinyRun', 'WanRun', 'train', 'with_method', 'plan_command', 'convert_command',
-           'generate', 'evaluate', 'ablation', 'info', 'train_codec', 'thin_log', 'train_teacher_command',
-           'evaluate_teacher_command', 'make_pairs', 'initialise_student', 'evaluate_student', 'train_reward',
-           'median_seconds', 'training_step', 'BenchParts', 'bench_parts', 'Stopwatch', 'time_blocks',
-           'late_over_early', 'split_times', 'BenchRollout', 'stream_for_bench', 'bench_rollout', 'BenchStep',
-           'saliency_passes', 'bench_step', 'bench', 'main']
+__all__ = ['RUNS', 'PARTS', 'ROLLOUT', 'STEP', 'WAN', 'WAN_STEP', 'COMMANDS', 'curves_figure', 'saliency_figure', 'write_clips',
+           'demo', 'before_and_after', 'TinyRun', 'WanRun', 'gpu_memory', 'train', 'with_method', 'plan_command',
+           'convert_command', 'WanVideo', 'place_process', 'generate', 'film', 'download_command', 'score', 'evaluate',
+           'ablation', 'info', 'train_codec', 'thin_log', 'train_teacher_command', 'evaluate_teacher_command',
+           'make_pairs', 'initialise_student', 'evaluate_student', 'train_reward', 'median_seconds', 'training_step',
+           'BenchParts', 'bench_parts', 'describe', 'Stopwatch', 'time_blocks', 'late_over_early', 'split_times',
+           'BenchRollout', 'stream_for_bench', 'bench_rollout', 'BenchStep', 'saliency_passes', 'bench_step',
+           'BenchWan', 'first_frame', 'bench_wan', 'BenchWanStep', 'bench_wan_step', 'bench', 'main']
 
 # %% ../nbs/cli.ipynb #50f6964f
 def curves_figure(records: dict[str, list[dict]]) -> Figure:
@@ -138,6 +145,10 @@ class TinyRun(TrainConfig):
     start: str = "tiny-start"          # student to begin with: tiny-start, tiny, or a folder of save_pretrained
     method: Literal["DMD", "Re-DMD", "inter", "intra", "Stream-R1"] | None = None     # sets the weighting; its window stays the preset's
     compute_dtype = None               # that of the weights, float32
+    offload = ()
+
+    def check(self, processes: int) -> None:
+        "Nothing can be missing or too large here."
 
     def models(self) -> Models:
         "Teacher, critic, reward model, and a student like `start`."
@@ -160,39 +171,68 @@ class TinyRun(TrainConfig):
 @dataclass(frozen=True)
 class WanRun(TrainConfig):
     """Distil Wan2.1 with VideoReward, the published settings as defaults. On GPUs start it with torchrun, also on one."""
-    data: str = "prompts.txt"              # file with a prompt a line
-    student: str = "student.safetensors"   # causally initialised student: a file or folder of streamr1_ref.wan.read_weights
-    teacher: str = "Wan2.1-T2V-1.3B"       # teacher, 1.3B or 14B, likewise; the critic begins as a copy of it
-    base: str = "Wan2.1-T2V-1.3B-Diffusers"     # diffusers folder with text_encoder, tokenizer and vae
-    reward: str = "VideoReward"            # checkpoint folder of VideoAlign
-    reward_base: str = "Qwen2-VL-2B-Instruct"   # the model that it was tuned from
+    data: str = "weights/prompts/vidprom_filtered_extended.txt"      # file with a prompt a line
+    student: str = "weights/ode-init/checkpoints/ode_init.pt"        # causally initialised student: a file or folder of streamr1_ref.wan.read_weights
+    teacher: str = "weights/wan-1.3b"      # teacher, 1.3B or 14B, likewise; the critic begins as a copy of it
+    base: str = "weights/wan-1.3b"         # diffusers folder with text_encoder, tokenizer and vae
+    reward: str = "weights/video-reward"   # checkpoint folder of VideoAlign
+    reward_base: str = "weights/qwen2-vl"  # the model that it was tuned from
+    reward_size: tuple[int, int] = (336, 588)   # height and width of what the reward model sees, multiples of 28
     template: str | None = None            # file with the checkpoint's question; without it our own wording, with a warning
-    text_cache: str | None = None          # folder for prompt embeddings
-    latent_size: tuple[int, int] = (60, 104)    # rows and columns of the latents: 480 x 832 pixels
+    text_cache: str | None = None          # folder for prompt embeddings; by default none, or `out`/text with an offloaded text encoder
+    resolution: tuple[int, int] = (480, 832)    # height and width of the videos, multiples of 16
+    student_size: Literal["1.3B", "14B"] | None = "1.3B"             # refuse other weights; None takes what comes
+    teacher_size: Literal["1.3B", "14B"] | None = None
+    dtype: Literal["bfloat16", "float32"] | None = None              # of computing, weights are kept in float32; by default bfloat16 on a GPU
+    offload: tuple[Literal["teacher", "text encoder"], ...] = ()     # parts whose weights wait in the CPU's memory
     out: str = "runs/wan"                  # folder for checkpoints, log.jsonl and the distilled weights
     resume: bool = False                   # go on from the newest checkpoint in `out`, if there is one
     method: Literal["DMD", "Re-DMD", "inter", "intra", "Stream-R1"] | None = None     # sets the weighting
-
     head_dim: int = 128                    # of all Wan2.1 models
 
     @property
-    def compute_dtype(self) -> torch.dtype | None:
-        "In which the sharded networks compute: bfloat16 on a GPU; they cannot do without torchrun there, which keeps their float32 weights."
-        return default_dtype(default_device()) if default_device().type == "cuda" else None
+    def compute_dtype(self) -> torch.dtype:
+        "In which networks, text encoder, VAE and reward model compute."
+        return getattr(torch, self.dtype) if self.dtype else default_dtype(default_device())
 
-    def models(self) -> Models:
-        "Everything from its files, on this process' device."
-        device = default_device()
-        reward = load_video_reward(self.reward, self.reward_base, self.template, default_dtype(device)).to(device)
-        return wan_models(self.student, self.teacher, self.base, reward, device, text_cache=self.text_cache, head_dim=self.head_dim, latent_size=self.latent_size)
+# %% ../nbs/cli.ipynb #216d405f
+@patch
+def check(self: WanRun, processes: int) -> None:
+    "Refuse what cannot work before anything is loaded: missing files (all of them at once), sizes, and, on GPUs, too little memory (with the plan's figures)."
+    size = latent_size_of(self.resolution)
+    check_files({name: getattr(self, name) for name in ("data", "student", "teacher", "base", "reward", "reward_base", *(["template"] if self.template else []))})
+    nets = []
+    for path, expected in ((self.student, self.student_size), (self.teacher, self.teacher_size)):
+        nets.append(config_of(official(read_weights(path)), self.head_dim, size))
+        if expected is not None and model_size(nets[-1]) != expected:
+            raise ValueError(f"path: expected the weights of Wan2.1 {expected}, {path} holds those of {model_size(nets[-1])}")
+    if (available := gpu_memory()) is not None:
+        if "RANK" not in os.environ:
+            raise ValueError("train: on GPUs start it with torchrun, also on one: torchrun --standalone --nproc-per-node 1 -m streamr1_ref.cli train wan-1.3b")
+        check_memory(plan(self.distillation, *nets, processes, checkpointing=self.checkpointing, others=FROZEN, offload=self.offload), available)
 
-    def save(self, weights: dict[str, torch.Tensor]) -> Path:
-        "Write the average of a run, in official naming."
-        return save_tensors(Path(self.out) / "student.safetensors", weights)
+@patch
+def models(self: WanRun) -> Models:
+    "Text encoder, VAE and reward model on this process' device, the networks memory-mapped, for `shard`."
+    device, cache = default_device(), self.text_cache or (str(Path(self.out) / "text") if "text encoder" in self.offload else None)
+    reward = load_video_reward(self.reward, self.reward_base, self.template, self.compute_dtype, self.reward_size).to(device)
+    return wan_models(self.student, self.teacher, self.base, reward, device, self.compute_dtype, cache, self.head_dim, latent_size_of(self.resolution),
+                      (self.student_size, self.teacher_size), offload_text="text encoder" in self.offload)
 
-    def prompts(self) -> PromptFile:
-        "The lines of `data`."
-        return PromptFile(self.data)
+def gpu_memory() -> float | None:
+    """Bytes of memory of this process' GPU; None without one."""
+    return torch.cuda.get_device_properties(default_device()).total_memory if default_device().type == "cuda" else None
+
+# %% ../nbs/cli.ipynb #7b2a4afe
+@patch
+def save(self: WanRun, weights: dict[str, torch.Tensor]) -> Path:
+    "Write the average of a run, in official naming."
+    return save_tensors(Path(self.out) / "student.safetensors", weights)
+
+@patch
+def prompts(self: WanRun) -> PromptFile:
+    "The lines of `data`."
+    return PromptFile(self.data)
 
 # %% ../nbs/cli.ipynb #eb0efb38
 RUNS = tyro.extras.subcommand_type_from_defaults({"tiny": TinyRun(**vars(PRESETS["tiny"])), "wan-1.3b": WanRun(**vars(PRESETS["wan-1.3b"]))}, prefix_names=False)
@@ -200,6 +240,7 @@ RUNS = tyro.extras.subcommand_type_from_defaults({"tiny": TinyRun(**vars(PRESETS
 def train(run: Annotated[RUNS, tyro.conf.arg(name="")]) -> None:
     """Distil a student: `streamr1 train tiny`, or `torchrun --standalone --nproc-per-node N -m streamr1_ref.cli train tiny`."""
     run = with_method(run)
+    run.check(int(os.environ.get("WORLD_SIZE", 1)))
     folder, mesh = Path(run.out), start_processes()
     try:
         prompts, models = run.prompts(), run.models()
@@ -207,8 +248,8 @@ def train(run: Annotated[RUNS, tyro.conf.arg(name="")]) -> None:
         writable_folder(folder, needs=4 * size * (run.keep + 1))
         if not run.resume and list(folder.glob("checkpoints/step-*")):
             raise ValueError(f"out: {folder} holds the checkpoints of a run; go on with --resume, or choose another folder")
-        for net in (models.student, models.critic, models.teacher):
-            shard(net, mesh, run.compute_dtype)
+        for name in ("student", "critic", "teacher"):
+            shard(getattr(models, name), mesh, run.compute_dtype, name in run.offload)
         trainer = Trainer(models, prompts, run, folder, mesh)
         for problem in trainer.resume() if run.resume else []:
             print(f"{problem}; going on from the one before", file=sys.stderr)
@@ -230,18 +271,22 @@ def with_method(run: TrainConfig) -> TrainConfig:
     return replace(run, weighting=replace(METHODS[run.method], **window))
 
 # %% ../nbs/cli.ipynb #6386da35
-FROZEN = (("text encoder", 5.68e9, 2 * 5.68e9 * 512), ("reward model", 2.2e9, 2 * 2.2e9 * 10_700 * 4), ("VAE", 0.127e9, 0.0))     # UMT5-XXL, Qwen2-VL-2B reading 10,700 tokens, Wan's VAE
-
-def plan_command(gpus: int = 8, teacher: Literal["1.3B", "14B"] = "1.3B", distillation: Distillation = PRESETS["wan-1.3b"].distillation) -> None:
-    """Memory and work of a training step at full scale, before anything is loaded (chapter 15).
+def plan_command(preset: Annotated[Literal["wan-1.3b"], tyro.conf.Positional] = "wan-1.3b", gpus: int = 8, teacher: Literal["1.3B", "14B"] = "1.3B",
+                 resolution: tuple[int, int] = (480, 832), offload: tuple[Literal["teacher", "text encoder"], ...] = (), checkpointing: bool = True,
+                 distillation: Distillation = PRESETS["wan-1.3b"].distillation) -> None:
+    """Memory and work of a training step at full scale, before anything is loaded (chapters 15 and 15b).
 
     Args:
+        preset: Whose student.
         gpus: Processes that share the networks.
         teacher: Size of the teacher, and of the critic.
+        resolution: Height and width of the videos, multiples of 16.
+        offload: Parts whose weights wait in the CPU's memory.
+        checkpointing: Compute activations again in the backward pass.
         distillation: Settings of a step.
     """
-    sizes = {"1.3B": WanConfig.wan_1_3b(), "14B": WanConfig.wan_14b()}
-    budget = plan(distillation, sizes["1.3B"], sizes[teacher], gpus, others=FROZEN)
+    student, critic = (replace(SIZES[size], latent_size=latent_size_of(resolution)) for size in ("1.3B", teacher))
+    budget = plan(distillation, student, critic, gpus, checkpointing=checkpointing, others=FROZEN, offload=offload)
     print(f"{'':14}{'parameters':>12}{'weights':>10}{'training':>10}{'work':>10}   GiB on each of {gpus} GPUs{'PFLOP a step':>16}")
     for b in budget:
         print(f"{b.part:14}{b.parameters / 1e9:10.2f} B{b.weights / 2**30:10.1f}{b.training / 2**30:10.1f}{b.work / 2**30:10.1f}{b.flops / 1e15:40.1f}")
@@ -259,45 +304,136 @@ def convert_command(source: Annotated[str, tyro.conf.Positional], target: Annota
     print("wrote", convert(source, writable_folder(target), naming, head_dim))
 
 # %% ../nbs/cli.ipynb #5d273860
-def generate(pipeline: Annotated[str, tyro.conf.Positional] = "tiny", prompt: tuple[str, ...] = (), prompts: str | None = None, seconds: float = 5.0, seed: int = 0,
-             out: str = "videos", enlarge: int | None = None, checkpoint: str | None = None, base: str | None = None, text_cache: str | None = None,
-             latent_size: tuple[int, int] = (60, 104), head_dim: int = 128, attention: str = "sdpa") -> None:
-    """Sentences to videos: of the tiny world's pipelines, or of Wan2.1 students with --checkpoint and --base. Under torchrun the processes share the sentences.
+@dataclass(frozen=True)
+class WanVideo:
+    """How the pipeline wan-1.3b is loaded and run; the tiny world's pipelines know all this."""
+    checkpoint: str | None = None          # file or folder with a student, in any naming
+    base: str = "weights/wan-1.3b"         # diffusers folder with text_encoder, tokenizer and vae
+    size: Literal["1.3B", "14B"] | None = "1.3B"     # refuse other weights; None takes what comes
+    text_cache: str | None = None          # folder for prompt embeddings
+    resolution: tuple[int, int] = (480, 832)         # height and width, multiples of 16
+    dtype: Literal["bfloat16", "float32"] | None = None     # by default bfloat16 on a GPU
+    attention: str = "sdpa"                # see streamr1 info
+    compile: bool = False                  # the layers with torch.compile: minutes once, then faster
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    head_dim: int = 128                    # of all Wan2.1 models
+
+    def load(self) -> StreamR1Pipeline:
+        "The pipeline; FileNotFoundError names all that is missing."
+        if self.checkpoint is None:
+            raise ValueError("checkpoint: expected a file or folder with the student's weights (--checkpoint)")
+        size = latent_size_of(self.resolution)
+        check_files({"checkpoint": self.checkpoint, "base": self.base})
+        device = place_process()
+        return wan_pipeline(self.checkpoint, self.base, device, getattr(torch, self.dtype) if self.dtype else None, self.text_cache, self.attention, self.compile,
+                            self.head_dim, size, self.size, cache=self.cache)
+
+def place_process() -> torch.device:
+    """This process' device: the GPU of its number under torchrun, else the default."""
+    if default_device().type == "cuda" and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return default_device()
+
+# %% ../nbs/cli.ipynb #d6f6f8df
+def generate(pipeline: Annotated[str, tyro.conf.Positional] = "tiny", prompt: tuple[str, ...] = (), prompts: str | None = None, seconds: float = 5.0, seed: int = 0, samples: int = 1,
+             out: str = "videos", vbench: bool = False, enlarge: int | None = None, wan: Annotated[WanVideo, tyro.conf.arg(name="")] = WanVideo()) -> None:
+    """Sentences to videos: of the tiny world's pipelines, or of Wan2.1 students (wan-1.3b --checkpoint FILE). Under torchrun the processes share the videos.
 
     Args:
-        pipeline: A preset (tiny, tiny-start) or a folder of save_pretrained, such as runs/train/pipeline.
+        pipeline: A preset (tiny, tiny-start), a folder of save_pretrained such as runs/train/pipeline, or wan-1.3b.
         prompt: Sentences.
         prompts: File with one sentence a line.
         seconds: Length.
-        seed: Of the noise.
-        out: Folder for 000.mp4, 001.mp4, ... and videos.json, which says what they are.
+        seed: Of the noise; sample i of a sentence has seed + i.
+        samples: Videos of each sentence.
+        out: Folder for the videos, videos.json, which says how each was made, and prompts.json, which says what each shows.
+        vbench: Name the videos as VBench does: SENTENCE-0.mp4, ... instead of 000.mp4, ...
         enlarge: Each pixel becomes a square of this many; by default 8 in the tiny world, 1 with Wan2.1.
-        checkpoint: File or folder with a Wan2.1 student, in any naming; then `pipeline` is not used.
-        base: Diffusers folder of Wan2.1 with text_encoder, tokenizer and vae.
-        text_cache: Folder for prompt embeddings.
-        latent_size: Rows and columns of Wan's latents; 60 104 is 480 x 832 pixels.
-        head_dim: Of the student's attention heads.
-        attention: See streamr1 info.
+        wan: For wan-1.3b.
     """
-    sentences = [*prompt, *(line.strip() for line in Path(prompts).read_text().splitlines() if line.strip())] if prompts else list(prompt)
-    if not sentences:
-        raise ValueError("prompt: expected at least one sentence, in --prompt or in a file given by --prompts")
-    if (checkpoint is None) != (base is None):
-        raise ValueError(f"checkpoint, base: expected both or neither, got {checkpoint} and {base}")
+    sentences = [*prompt, *(PromptFile(prompts) if prompts else ())]
+    if not sentences or not all(s.strip() for s in sentences):
+        raise ValueError("prompt: expected at least one sentence and none that is empty, in --prompt or in a file given by --prompts")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    folder = writable_folder(out)
-    pipe = StreamR1Pipeline.from_pretrained(pipeline) if base is None else wan_pipeline(
-        checkpoint, base, text_cache=text_cache, latent_size=latent_size, head_dim=head_dim, attention=attention)
-    mine = list(enumerate(sentences))[rank::world]
-    for _, sentence in mine:
-        pipe.text([sentence])                                        # unknown words are found before any video is made
-    made = []
-    for i, sentence in progress_bar(mine, "videos", rank == 0):
-        path = write_mp4(folder / f"{i:03d}.mp4", pipe(sentence, seconds, seed)[0], pipe.fps, enlarge or (8 if base is None else 1))
-        made.append({"file": path.name, "prompt": sentence, "seconds": seconds, "seed": seed, "model": checkpoint or pipeline})
-    record = folder / ("videos.json" if world == 1 else f"videos-{rank}.json")
-    record.write_text(json.dumps(made, indent=1) + "\n")
+    folder, full = writable_folder(out), pipeline == "wan-1.3b"
+    jobs = [(video_name(i, s, k, samples, vbench), s, seed + k) for i, s in enumerate(sentences) for k in range(samples)]
+    pipe, mine = (wan.load() if full else StreamR1Pipeline.from_pretrained(pipeline)), jobs[rank::world]
+    for sentence in dict.fromkeys(s for _, s, _ in mine):
+        pipe.text([sentence])                                        # unknown words and too long sentences are found before any video is made
+    if rank == 0:
+        (folder / "prompts.json").write_text(json.dumps({name: s for name, s, _ in jobs}, indent=1) + "\n")
+    made, record = [], folder / ("videos.json" if world == 1 else f"videos-{rank}.json")
+    for name, sentence, seed_of in progress_bar(mine, "videos", rank == 0):
+        made.append(film(pipe, folder / name, sentence, seconds, seed_of, enlarge or (1 if full else 8)) | {"model": wan.checkpoint if full else pipeline})
+        record.write_text(json.dumps(made, indent=1) + "\n")
     print(f"wrote {len(made)} videos and {record.name} to {folder}")
+
+def film(pipe: StreamR1Pipeline, path: Path, sentence: str, seconds: float, seed: int, enlarge: int) -> dict:
+    """Stream one video into a file, frame by frame; returns its record with all that its maker must know, and how long it took."""
+    frames, began, s = round(seconds * pipe.fps), perf_counter(), pipe.sampler
+    pipe.latent_frames(frames)                                       # at least one
+    stream, first = pipe.stream(sentence, seed), []
+
+    def shown():
+        for _ in progress_bar(range(frames), path.stem[:20], show=frames > 10 * pipe.fps, leave=False):
+            frame = next(stream)[0].cpu()
+            first.append(perf_counter() - began)
+            yield frame
+
+    write_mp4(path, shown(), pipe.fps, enlarge)
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {"file": path.name, "prompt": sentence, "seconds": seconds, "frames": frames, "seed": seed, "enlarge": enlarge, "steps": list(s.steps), "frames_per_block": s.frames_per_block,
+            "cache": asdict(s.cache), "dtype": str(next(s.net.parameters()).dtype).removeprefix("torch."), "torch": torch.__version__, "machine": machine,
+            "first_frame_s": round(first[0], 3), "total_s": round(perf_counter() - began, 3)}
+
+# %% ../nbs/cli.ipynb #b15b6da5
+def download_command(names: Annotated[tuple[Literal[tuple(DOWNLOADS)], ...], tyro.conf.Positional] = (), folder: str = "weights", source: str | None = None, dry_run: bool = False) -> None:
+    """List what a full-scale run needs, with sizes and licences, or fetch it; what is there already is not fetched again.
+
+    Args:
+        names: What to fetch; nothing prints the list. A training needs wan-1.3b, ode-init, prompts, video-reward and qwen2-vl.
+        folder: Each goes into a folder of its name here, where the other commands look.
+        source: Folder with a copy of the repositories, for machines without a network.
+        dry_run: Ask the hub for exact sizes and fetch nothing.
+    """
+    if not names:
+        for name, d in DOWNLOADS.items():
+            print(f"{name:16}{'there' if (Path(folder) / name).is_dir() else '-':7}{d.gigabytes:6.1f} GB  {d.licence:14}{d.repo:38}{d.purpose}")
+        print(f"for a training: streamr1 download {' '.join(TRAINING)}  ({sum(DOWNLOADS[n].gigabytes for n in TRAINING):.0f} GB)")
+        return
+    if dry_run:
+        for name in names:
+            from huggingface_hub import snapshot_download            # needed here only
+            files = snapshot_download(DOWNLOADS[name].repo, allow_patterns=list(DOWNLOADS[name].files), local_dir=Path(folder) / name, dry_run=True)
+            print(f"{name:16}{sum(f.file_size for f in files) / 1e9:7.2f} GB in {len(files)} files, {sum(f.file_size for f in files if f.will_download) / 1e9:.2f} GB to fetch")
+        return
+    have = sum(p.stat().st_size for n in names for p in (Path(folder) / n).rglob("*") if p.is_file())
+    writable_folder(folder, needs=max(0, int(sum(DOWNLOADS[n].gigabytes for n in names) * 1e9) - have))
+    for name in names:
+        print("fetched", download(name, folder, source))
+
+# %% ../nbs/cli.ipynb #2e245237
+def score(videos: Annotated[str, tyro.conf.Positional], reward: str = "tiny", reward_base: str = "weights/qwen2-vl", template: str | None = None,
+          reward_size: tuple[int, int] = (336, 588), frames: int = 81, out: str | None = None) -> None:
+    """Score the videos of `streamr1 generate` with a reward model, and write scores.csv.
+
+    Args:
+        videos: Folder with the videos and videos.json.
+        reward: tiny, or a checkpoint folder of VideoAlign, such as weights/video-reward.
+        reward_base: The model that it was tuned from.
+        template: File with the checkpoint's question; without it our own wording, with a warning.
+        reward_size: Height and width of what the reward model sees.
+        frames: Long videos are scored in pieces of this many.
+        out: CSV file; by default scores.csv beside the videos.
+    """
+    device = place_process()
+    model = load_reward() if reward == "tiny" else load_video_reward(reward, reward_base, template, default_dtype(device), reward_size).to(device)
+    rows = score_videos(model, videos, frames, device if reward != "tiny" else "cpu", progress=True)
+    path = write_table(out or Path(videos) / "scores.csv", rows)
+    for axis in (*model.axes, "overall"):
+        print(f"{axis:8}{sum(r[axis] for r in rows) / len(rows):+8.3f}   mean over {len(rows)} pieces")
+    print("wrote", path)
 
 # %% ../nbs/cli.ipynb #cbbf2302
 def evaluate(pipeline: Annotated[str, tyro.conf.Positional] = "tiny", captions: int = 128, drift_captions: int = 8, seed: int = 0) -> None:
@@ -497,6 +633,10 @@ def bench_parts(clips: int, batch: int, min_seconds: float) -> None:
         print(f"{name:48} {median_seconds(statement, scope, min_seconds) * 1e3:9.1f} ms", flush=True)
 
 # %% ../nbs/cli.ipynb #537faef3
+def describe(device: torch.device) -> str:
+    """The machine in words."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+
 class Stopwatch:
     """Adds up, by name, the time spent in functions that it wraps; waits for the GPU before and after each."""
     def __init__(self, device: torch.device):
@@ -547,10 +687,10 @@ def late_over_early(late: Stream, early: Stream, decode: Callable, pairs: int = 
     return torch.tensor(ratios).median().item()
 
 # %% ../nbs/cli.ipynb #36af2324
-def split_times(stream: Stream, decode: Callable, blocks: int) -> dict[str, float]:
-    """Where the time of the next blocks goes, in milliseconds; measured apart, since waiting around each attention slows a GPU down."""
+def split_times(stream: Stream, decode: Callable, blocks: int, inside: bool = True) -> dict[str, float]:
+    """Where the time of the next blocks goes, in milliseconds; measured apart, since waiting around each attention slows a GPU down. Without `inside` no clock is put into the layers, which compiled ones need."""
     net, watch = copy.copy(stream.sampler.net), Stopwatch(stream.prompt_embeds.device)
-    layers, plain = [block.self_attn for block in net.blocks], net.blocks[0].self_attn.attend
+    layers, plain = [block.self_attn for block in net.blocks] if inside else [], net.blocks[0].self_attn.attend
     for layer in layers:
         layer.attend = watch.wrap(plain, "attention")
     net.forward = watch.wrap(net.forward, lambda x, timestep, *_, **__: "noisy" if timestep[0] > stream.sampler.context_noise else "clean")
@@ -561,8 +701,8 @@ def split_times(stream: Stream, decode: Callable, blocks: int) -> dict[str, floa
     for layer in layers:
         layer.attend = plain
     attention = 1e3 * watch.seconds["attention"] / (watch.calls["noisy"] + watch.calls["clean"])
-    return {"attention, per call": attention, "the rest, per denoising call": watch.mean_ms("noisy") - attention,
-            "cache write, per block": watch.mean_ms("clean") + watch.mean_ms("open"), "of which lining up the past": watch.mean_ms("open"),
+    calls = {"attention, per call": attention, "the rest, per denoising call": watch.mean_ms("noisy") - attention} if inside else {"denoising call": watch.mean_ms("noisy")}
+    return {**calls, "cache write, per block": watch.mean_ms("clean") + watch.mean_ms("open"), "of which lining up the past": watch.mean_ms("open"),
             "decode, per block": watch.mean_ms("decode")}
 
 # %% ../nbs/cli.ipynb #88bab7a3
@@ -599,7 +739,7 @@ def bench_rollout(preset: str | None, blocks: int | None, batch: int, window_fra
     name = preset or ("wan-1.3b" if device.type == "cuda" else "tiny")
     count, folder = blocks or (200 if device.type == "cuda" else 1000), out and writable_folder(out)
     stream, decode = stream_for_bench(name, device, batch, CacheConfig(window_frames, sink=sink), attention)
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    machine = describe(device)
     print(f"{machine}, torch {torch.__version__}, {name} in {stream.prompt_embeds.dtype}, {stream.cache.net.latent_size} latents, batch {batch}, {attention}")
     result = time_blocks(stream, decode, count, peak_every=max(1, count // 20))
     young = stream.sampler.stream(stream.prompt_embeds, torch.Generator(device).manual_seed(0))
@@ -661,16 +801,111 @@ def bench_step(batch: int, repeats: int, steps: int) -> None:
     print(f"{'training step: 3 critic, 1 generator, reward':44} {watch.mean_ms('step'):8.1f} ms")
 
 # %% ../nbs/cli.ipynb #222b9cde
+@dataclass
+class BenchWan:
+    """Words to video at Wan2.1's true size with random weights: first-frame latency, frames per second, and where the time goes."""
+    size: Literal["full", "small"] | None = None          # by default full on a GPU; small is for trying the command
+    blocks: int = 200
+    window_frames: int = 9
+    sink: Literal["ema", "static", "none"] = "ema"
+    attention: str = "sdpa"                               # see streamr1_ref.attention
+    compile: bool = False                                 # the layers with torch.compile
+    out: str | None = None                                # folder for wan_bench.json
+
+def first_frame(pipe: StreamR1Pipeline, watch: Stopwatch, repeats: int = 3) -> dict[str, float]:
+    """Median milliseconds from the words to their embeddings, and to the first decoded frame (text, a block of all steps, its cache write, VAE), after one start for warming up."""
+    times = {"text": [], "first frame": []}
+    for repeat in range(repeats + 1):
+        for name, run in (("text", lambda: pipe.text(["a red fox runs over snow"])), ("first frame", lambda: next(pipe.stream("a red fox runs over snow", seed=repeat)))):
+            before = watch.seconds[name]
+            watch.wrap(run, name)()
+            times[name] += [1e3 * (watch.seconds[name] - before)] if repeat else []
+    return {name: torch.tensor(values).median().item() for name, values in times.items()}
+
+# %% ../nbs/cli.ipynb #a4a8cb43
+@torch.no_grad()
+def bench_wan(size: str | None, blocks: int, window_frames: int, sink: str, attention: str, compile: bool, out: str | None) -> None:
+    """Print what `first_frame`, `time_blocks` and `split_times` measure; arguments as in `BenchWan`."""
+    device, folder = default_device(), out and writable_folder(out)
+    sizes, machine = Sizes() if (size or ("full" if device.type == "cuda" else "small")) == "full" else SMALL, describe(device)
+    pipe = random_pipeline(sizes, device, default_dtype(device), attention, compile, cache=CacheConfig(window_frames, sink=sink))
+    embeds, decode = pipe.text(["a red fox runs over snow"]), pipe.codec.stream_decoder()
+    start = lambda seed: pipe.sampler.stream(embeds, seeded(seed))
+    warm, warm_decode = start(0), pipe.codec.stream_decoder()
+    for _ in range(6):                                                # every visible length is seen, and compiled, once
+        warm_decode(next(warm))
+    latency = first_frame(pipe, Stopwatch(device))
+    stream = start(1)
+    result = time_blocks(stream, decode, blocks, peak_every=max(1, blocks // 20))
+    young = start(2)
+    for _ in range(10):
+        next(young)
+    ratio = late_over_early(stream, young, decode, pairs=min(50, blocks))
+    split = split_times(stream, decode, 10, inside=not compile)
+    h, w = (8 * n for n in sizes.net.latent_size)
+    print(f"{machine}, torch {torch.__version__}, {parameter_count(sizes.net) / 1e9:.2f} B parameters in {embeds.dtype}, {h} x {w} pixels, window {window_frames}, sink {sink}, {attention}{', compiled' if compile else ''}")
+    rows = {"text, once a prompt": latency["text"], "first frame from the words on": latency["first frame"]} | split
+    for name, ms in rows.items():
+        print(f"{name:36}{ms:10.2f} ms")
+    print(f"{'frames per second':36}{result['frames_per_second']:10.2f}      all included: denoising, cache writes, VAE; not the text, which is done once")
+    print(f"block {blocks} over block 10, in turns: {ratio:.3f}; peak memory {result['peak_mb'][0]:.0f} MB after a block, {result['peak_mb'][-1]:.0f} MB at the end")
+    if folder:
+        record = {"machine": machine, "torch": torch.__version__, "attention": attention, "compiled": compile, "window_frames": window_frames, "sink": sink, "ratio": round(ratio, 4), "ms": {k: round(v, 3) for k, v in rows.items()}}
+        (folder / "wan_bench.json").write_text(json.dumps(record | result) + "\n")
+
+# %% ../nbs/cli.ipynb #b1d83bb8
+@dataclass
+class BenchWanStep:
+    """A training step at Wan2.1's true size with random weights: time and peak memory, against the plan. On a GPU under torchrun, also on one."""
+    size: Literal["full", "small"] | None = None          # by default full on a GPU
+    teacher: Literal["1.3B", "14B"] = "1.3B"              # and the critic; in full size
+    steps: int = 2                                        # after one for warming up
+    offload: tuple[Literal["teacher", "text encoder"], ...] = ()
+    checkpointing: bool = True
+
+def bench_wan_step(size: str | None, teacher: str, steps: int, offload: tuple[str, ...], checkpointing: bool) -> None:
+    """Print seconds of an update of the critic and of the student with one clip per process, and the peak memory; arguments as in `BenchWanStep`."""
+    device, mesh = default_device(), start_processes()
+    if device.type == "cuda" and mesh is None:
+        raise ValueError("bench wan-step: on GPUs start it with torchrun, also on one: torchrun --standalone --nproc-per-node 1 -m streamr1_ref.cli bench wan-step")
+    full, world = (size or ("full" if device.type == "cuda" else "small")) == "full", 1 if mesh is None else mesh.size()
+    sizes, dtype = Sizes() if full else SMALL, default_dtype(device)
+    step = replace(PRESETS["wan-1.3b"].distillation, micro_batches=world, exit_group=world, frames=21 if full else 3)
+    models = random_models(sizes, SIZES[teacher] if full else None, device, dtype, offload_text="text encoder" in offload)
+    planned = plan(step, models.student.cfg, models.critic.cfg, world, width=dtype.itemsize, checkpointing=checkpointing, others=FROZEN if full else (), offload=offload)
+    for name in ("student", "critic", "teacher"):
+        shard(getattr(models, name), mesh, dtype, name in offload)
+    with TemporaryDirectory() as folder:
+        trainer = Trainer(models, ["a red fox runs over snow"] * 64, TrainConfig(distillation=step, checkpointing=checkpointing), folder, mesh)
+        watch = Stopwatch(device)
+        trainer.update = watch.wrap(partial(Trainer.update, trainer), lambda net, *_: "critic" if net is models.critic else "student")
+        for repeat in range(steps + 1):
+            record = trainer.advance()
+            if repeat == 0:
+                watch.seconds.clear(), watch.calls.clear()
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1e3 * getrusage(RUSAGE_SELF).ru_maxrss
+    if trainer.rank == 0:
+        print(f"{describe(device)}, {world} processes, torch {torch.__version__}, {parameter_count(models.student.cfg) / 1e9:.2f} B student, {parameter_count(models.critic.cfg) / 1e9:.2f} B teacher and critic, {dtype}, a clip of {step.frames} latent frames per process")
+        print(f"critic's update {watch.mean_ms('critic') / 1e3:.2f} s, student's update {watch.mean_ms('student') / 1e3:.2f} s, loss {record.get('loss', float('nan')):.3f}")
+        print(f"a step (critic {step.critic_steps}, student 1) of 64 clips on {world} processes: {64 / world * (step.critic_steps * watch.mean_ms('critic') + watch.mean_ms('student')) / 1e3:.0f} s")
+        print(f"peak memory {peak / 2**30:.1f} GiB; planned: {sum(b.memory for b in planned) / 2**30:.1f} GiB, of it weights and training state {sum(b.weights + b.training for b in planned) / 2**30:.1f}")
+    if mesh is not None:
+        dist.destroy_process_group()
+
+# %% ../nbs/cli.ipynb #ad040380
 PARTS = Annotated[BenchParts, tyro.conf.subcommand("parts", prefix_name=False)]
 ROLLOUT = Annotated[BenchRollout, tyro.conf.subcommand("rollout", prefix_name=False)]
 STEP = Annotated[BenchStep, tyro.conf.subcommand("step", prefix_name=False)]
+WAN = Annotated[BenchWan, tyro.conf.subcommand("wan", prefix_name=False)]
+WAN_STEP = Annotated[BenchWanStep, tyro.conf.subcommand("wan-step", prefix_name=False)]
 
-def bench(what: tyro.conf.OmitArgPrefixes[PARTS | ROLLOUT | STEP] = BenchParts()) -> None:
-    """Measure this machine: `streamr1 bench parts`, `streamr1 bench rollout` or `streamr1 bench step`."""
-    {BenchParts: bench_parts, BenchRollout: bench_rollout, BenchStep: bench_step}[type(what)](**vars(what))
+def bench(what: tyro.conf.OmitArgPrefixes[PARTS | ROLLOUT | STEP | WAN | WAN_STEP] = BenchParts()) -> None:
+    """Measure this machine: `streamr1 bench parts`, `bench rollout`, `bench step`, and at full scale `bench wan` and `bench wan-step`."""
+    {BenchParts: bench_parts, BenchRollout: bench_rollout, BenchStep: bench_step, BenchWan: bench_wan, BenchWanStep: bench_wan_step}[type(what)](**vars(what))
 
 # %% ../nbs/cli.ipynb #5d6d2219
-COMMANDS = {"demo": demo, "train": train, "plan": plan_command, "convert": convert_command, "generate": generate, "evaluate": evaluate, "ablate": ablation, "bench": bench, "info": info,
+COMMANDS = {"demo": demo, "train": train, "generate": generate, "evaluate": evaluate, "ablate": ablation, "bench": bench, "info": info,
+            "download": download_command, "plan": plan_command, "convert": convert_command, "score": score,
             "train-codec": train_codec, "train-teacher": train_teacher_command, "evaluate-teacher": evaluate_teacher_command,
             "make-pairs": make_pairs, "initialise-student": initialise_student, "evaluate-student": evaluate_student, "train-reward": train_reward}
 

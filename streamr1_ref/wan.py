@@ -305,7 +305,7 @@ def normalisation(config: dict) -> tuple[list[float], list[float]]:
     return [values[f"{axis}_mean"] for axis in AXES], [values[f"{axis}_std"] for axis in AXES]
 
 # %% ../nbs/15_wan.ipynb #96251f41
-def load_video_reward(folder: str | Path, base: str | Path, template: str | Path | None = None, dtype: torch.dtype = torch.bfloat16) -> VideoReward:
+def load_video_reward(folder: str | Path, base: str | Path, template: str | Path | None = None, dtype: torch.dtype = torch.bfloat16, size: tuple[int, int] = (336, 588)) -> VideoReward:
     """The reward model in a checkpoint folder of VideoAlign, on top of the Qwen2-VL in `base`; gradients to pixels, none to weights."""
     from transformers import AutoTokenizer, Qwen2VLModel                       # seconds to import, and needed here only
     folder, checkpoint = Path(folder), newest_checkpoint(folder)
@@ -318,7 +318,7 @@ def load_video_reward(folder: str | Path, base: str | Path, template: str | Path
     head = nn.Linear(model.config.text_config.hidden_size, 3, bias=False)
     model, head = with_checkpoint(model, head, checkpoint, config.get("peft_lora_config") or {})
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()       # its name before transformers 5
-    return VideoReward(model.to(dtype), head, tokenizer, wording, mean, std).eval().requires_grad_(False)
+    return VideoReward(model.to(dtype), head, tokenizer, wording, mean, std, size).eval().requires_grad_(False)
 
 # %% ../nbs/15_wan.ipynb #46cdfa90
 def with_checkpoint(model: nn.Module, head: nn.Linear, checkpoint: Path, lora: dict) -> tuple[nn.Module, nn.Linear]:

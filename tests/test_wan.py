@@ -1,7 +1,13 @@
 """Full scale in small: every real component class with random weights, from files, through the training command."""
+import csv
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,13 +71,16 @@ def wan_run(folder, out, **changes):
     preset = PRESETS["wan-1.3b"]
     small = replace(preset.distillation, frames=3, micro_batches=1, exit_group=1, critic_steps=1, student_lr=1e-4, critic_lr=1e-4)
     settings = vars(preset) | {"steps": 2, "save_every": 1, "distillation": small} | changes
-    return cli.WanRun(**settings, data=str(folder / "prompts.txt"), student=str(folder / "student.safetensors"), teacher=str(folder / "teacher.safetensors"),
-                      base=str(folder / "base"), reward=str(folder / "reward"), reward_base=str(folder / "qwen"), template=str(folder / "template.txt"),
-                      text_cache=str(out / "text"), latent_size=(4, 6), head_dim=24, out=str(out / "run"))
+    return cli.WanRun(**{**paths(folder), "reward_size": (28, 56), "resolution": (32, 48), "student_size": None, "head_dim": 24,
+                         "text_cache": str(out / "text"), "out": str(out / "run"), **settings})
 
 
-def test_the_command_trains_with_every_real_component(downloads, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "load_video_reward", lambda *args: resized(load_video_reward(*args)))
+def paths(folder):
+    return {"data": str(folder / "prompts.txt"), "student": str(folder / "student.safetensors"), "teacher": str(folder / "teacher.safetensors"),
+            "base": str(folder / "base"), "reward": str(folder / "reward"), "reward_base": str(folder / "qwen"), "template": str(folder / "template.txt")}
+
+
+def test_the_command_trains_with_every_real_component(downloads, tmp_path):
     cli.train(wan_run(downloads, tmp_path))
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [1, 2] and not any("skipped" in r for r in records)
@@ -83,21 +92,66 @@ def test_the_command_trains_with_every_real_component(downloads, tmp_path, monke
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 3
 
 
-def resized(reward):
-    reward.size = (28, 56)                    # the published 336 x 588 would be most of the test's time
-    return reward.float()
+def test_processes_mixed_precision_recomputing_and_offloading(downloads, tmp_path):
+    """The command as on a node with two GPUs: FSDP, bfloat16, activation checkpointing, teacher and text encoder on the CPU."""
+    given = {**paths(downloads), "reward-size": "28 56", "resolution": "32 48", "head-dim": 24, "student-size": "None", "dtype": "bfloat16", "steps": 1, "save-every": 1,
+             "out": tmp_path / "run", "distillation.frames": 3, "distillation.micro-batches": 2, "distillation.exit-group": 2, "distillation.critic-steps": 1}
+    flags = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", *str(value).split())]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "streamr1_ref.cli", "train", "wan-1.3b", *flags,
+                           "--offload", "teacher", "text encoder"], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((tmp_path / "run" / "log.jsonl").read_text())
+    assert "skipped" not in record and all(math.isfinite(record[name]) for name in ("loss", "critic", "VQ", "MQ", "TA", "norm"))
+    trained, start = load_tensors(tmp_path / "run" / "student.safetensors")[0], load_tensors(downloads / "student.safetensors")[0]
+    assert {t.dtype for t in trained.values()} == {torch.float32} and any(not torch.equal(trained[n], start[n]) for n in start)
+    assert len(list((tmp_path / "run" / "text").rglob("*.safetensors"))) == 3          # an offloaded text encoder has a cache
 
 
-def test_missing_files_are_named_before_any_work(downloads, tmp_path):
-    for change, says in (("data", "absent"), ("student", "absent"), ("base", "text_encoder, tokenizer, vae"), ("reward", "checkpoint-N")):
-        run = replace(wan_run(downloads, tmp_path), **{change: str(tmp_path / "absent")})
+def test_missing_files_are_named_all_at_once_before_any_work(downloads, tmp_path):
+    run = replace(wan_run(downloads, tmp_path), student="weights/ode-init/ode.pt", base=str(tmp_path / "absent"), reward="weights/video-reward")
+    with pytest.raises(FileNotFoundError, match="these are missing:\n  student: .*download ode-init.*\n  base: .*absent\n  reward: .*download video-reward"):
+        cli.train(run)
+    for change, says in (("base", "text_encoder, tokenizer, vae"), ("reward", "model_config.json|checkpoint-N")):
         with pytest.raises((OSError, ValueError), match=says):
-            cli.train(run)
+            cli.train(replace(wan_run(downloads, tmp_path), **{change: str(tmp_path)}))
     assert not (tmp_path / "run").exists()
 
 
+def test_wrong_sizes_are_refused(downloads, tmp_path):
+    with pytest.raises(ValueError, match="expected the weights of Wan2.1 1.3B, .*student.safetensors holds those of a network of width 48 with 2 layers"):
+        cli.train(wan_run(downloads, tmp_path, student_size="1.3B"))
+    with pytest.raises(ValueError, match=r"resolution: expected height and width in multiples of 16, such as 480 832, got \(30, 48\)"):
+        cli.train(wan_run(downloads, tmp_path, resolution=(30, 48)))
+
+
+def test_too_little_gpu_memory_is_refused_with_the_plans_figures(downloads, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "gpu_memory", lambda: 1e5)
+    with pytest.raises(ValueError, match="on GPUs start it with torchrun, also on one: torchrun --standalone --nproc-per-node 1"):
+        cli.train(wan_run(downloads, tmp_path))
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="GiB of memory on each \\(student .*, critic .*, teacher .*, text encoder 10.6, .*, there are 0.0; take more GPUs"):
+        cli.train(wan_run(downloads, tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_little_disk_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**9))
+    with pytest.raises(OSError, match="out: expected 57200 MB free for .*, there are 1000 MB"):
+        cli.download_command(("wan-14b",), str(tmp_path / "weights"), str(tmp_path))
+
+
+def test_prompts_of_more_than_512_tokens(downloads, tmp_path):
+    long = tmp_path / "long.txt"
+    long.write_text("a red fox\n" + "fox " * 600 + "\n")
+    with pytest.raises(ValueError, match="prompts: expected at most 512 tokens, got 601 in 'fox fox"):
+        cli.generate("wan-1.3b", prompts=str(long), out=str(tmp_path / "videos"), wan=wan_video(downloads))
+    assert not list((tmp_path / "videos").glob("*.mp4"))                                # before the first video was made
+    text = wan_models(downloads / "student.safetensors", downloads / "teacher.safetensors", downloads / "base", None, "cpu", head_dim=24).text
+    assert text(["fox " * 600]).shape == (1, 512, 32)                                   # training cuts it, as the published one does
+
+
 def test_video_reward_from_files(downloads):
-    reward = resized(load_video_reward(downloads / "reward", downloads / "qwen", downloads / "template.txt"))
+    reward = load_video_reward(downloads / "reward", downloads / "qwen", downloads / "template.txt", torch.float32, (28, 56))
     clips = torch.rand(2, 3, 3, 32, 48, generator=torch.Generator().manual_seed(0), requires_grad=True)
     scores = reward(clips, ["a red fox", "a fox runs over snow"])
     sum(r.sum() for r in scores.values()).backward()
@@ -122,13 +176,38 @@ def test_prompt_files_are_not_read_whole(tmp_path):
     assert lines.places.itemsize * len(lines) < path.stat().st_size / 20
 
 
-def test_the_command_generates_from_a_checkpoint(downloads, tmp_path, capsys):
-    cli.generate(prompts=str(downloads / "prompts.txt"), seconds=0.5, out=str(tmp_path), checkpoint=str(downloads / "student.safetensors"),
-                 base=str(downloads / "base"), latent_size=(4, 6), head_dim=24, text_cache=str(tmp_path / "text"))
+def wan_video(folder, **changes):
+    return cli.WanVideo(**{"checkpoint": str(folder / "student.safetensors"), "base": str(folder / "base"), "size": None, "resolution": (32, 48), "head_dim": 24, **changes})
+
+
+def test_the_command_generates_from_a_checkpoint(downloads, tmp_path):
+    cli.generate("wan-1.3b", prompts=str(downloads / "prompts.txt"), seconds=0.5, samples=2, vbench=True, out=str(tmp_path), wan=wan_video(downloads, text_cache=str(tmp_path / "text")))
     made = json.loads((tmp_path / "videos.json").read_text())
-    assert [m["prompt"] for m in made] == ["a red fox", "a fox runs over snow"]
+    assert [m["file"] for m in made] == [f"{p}-{k}.mp4" for p in ("a red fox", "a fox runs over snow") for k in (0, 1)]
+    assert {name: made[0][name] for name in ("seed", "frames", "steps", "dtype")} == {"seed": 0, "frames": 8, "steps": [1000, 750, 500, 250], "dtype": "float32"}
+    assert json.loads((tmp_path / "prompts.json").read_text()) == {m["file"]: m["prompt"] for m in made}
     clip, fps = read_mp4(tmp_path / made[1]["file"])
-    assert clip.shape == (8, 3, 32, 48) and fps == 16
+    assert clip.shape == (8, 3, 32, 48) and fps == 16 and not torch.equal(clip, read_mp4(tmp_path / made[0]["file"])[0])
+    cli.score(str(tmp_path), str(downloads / "reward"), str(downloads / "qwen"), str(downloads / "template.txt"), (28, 56))
+    rows = list(csv.DictReader((tmp_path / "scores.csv").open()))
+    assert [r["file"] for r in rows] == [m["file"] for m in made] and all(math.isfinite(float(r["overall"])) for r in rows)
+
+
+def test_a_released_checkpoint_generates_what_its_average_does(downloads, tmp_path):
+    """generator_ema behind wrappers of FSDP, checkpointing and the model class, beside other networks: the published layout."""
+    weights = load_tensors(downloads / "student.safetensors")[0]
+    torch.save({"generator": {f"model.{n}": t + 1 for n, t in weights.items()}, "step": 3,
+                "generator_ema": {"model._fsdp_wrapped_module." + re.sub(r"^(blocks\.\d+)\.", r"\1._checkpoint_wrapped_module.", n): t for n, t in weights.items()}}, tmp_path / "model.pt")
+    plain, released = (wan_video(downloads, checkpoint=str(path)).load() for path in (downloads / "student.safetensors", tmp_path / "model.pt"))
+    for name, weight in plain.sampler.net.state_dict().items():
+        assert torch.equal(weight, released.sampler.net.state_dict()[name])
+    assert torch.allclose(plain("a red fox", 0.3), released("a red fox", 0.3), atol=1e-5)     # where a file is mapped in memory decides the last bit
+
+
+def test_compiled_layers_stream_the_same_video(downloads):
+    plain, compiled = (wan_video(downloads, compile=flag).load() for flag in (False, True))
+    expected, made = (pipe("a red fox", 2.0, seed=3) for pipe in (plain, compiled))      # five blocks: all visible lengths, and the first eviction
+    assert (expected - made).abs().max() < 1e-4 and made.shape[1] == 32
 
 
 def test_processes_share_the_prompts(downloads, tmp_path, monkeypatch):
