@@ -32,10 +32,10 @@ from .transformer import WanConfig, WanTransformer, load_wan_weights, to_diffuse
 
 # %% auto #0
 __all__ = ['SIZES', 'CLIP_MEAN', 'CLIP_STD', 'OWN_WORDING', 'REWARD_TOKENS', 'FROZEN', 'read_weights', 'official', 'config_of',
-           'model_size', 'latent_size_of', 'load_wan', 'diffusers_config', 'convert', 'UMT5Text', 'video_patches',
-           'question', 'VideoReward', 'merge_lora', 'newest_checkpoint', 'normalisation', 'load_video_reward',
-           'with_checkpoint', 'forward_flops', 'rollout_flops', 'Budget', 'parameter_count', 'plan', 'check_memory',
-           'PromptFile', 'load_text_and_vae', 'compile_blocks', 'wan_pipeline', 'wan_models']
+           'model_size', 'latent_size_of', 'load_wan', 'diffusers_config', 'convert', 'clean_prompt', 'UMT5Text',
+           'video_patches', 'question', 'VideoReward', 'merge_lora', 'newest_checkpoint', 'normalisation',
+           'load_video_reward', 'with_checkpoint', 'forward_flops', 'rollout_flops', 'Budget', 'parameter_count',
+           'plan', 'check_memory', 'PromptFile', 'load_text_and_vae', 'compile_blocks', 'wan_pipeline', 'wan_models']
 
 # %% ../nbs/15_wan.ipynb #f72e423e
 def read_weights(path: str | Path) -> dict:
@@ -129,6 +129,12 @@ def convert(source: str | Path, target: str | Path, naming: str, head_dim: int =
     return target
 
 # %% ../nbs/15_wan.ipynb #5241b819
+def clean_prompt(prompt: str) -> str:
+    """A sentence as Wan's training saw it: broken encodings mended, HTML entities replaced, single spaces."""
+    from ftfy import fix_text                                                   # needed here only; in the extra [wan]
+    return " ".join(html.unescape(html.unescape(fix_text(prompt))).split())
+
+# %% ../nbs/15_wan.ipynb #801dfb23
 class UMT5Text:
     """A `TextEncoder` around transformers' UMT5EncoderModel and its tokenizer, padded with zeros to `length` tokens; `cache` is a folder for embeddings.
 
@@ -154,7 +160,7 @@ class UMT5Text:
 @torch.no_grad()
 def encode(self: UMT5Text, prompts: list[str]) -> torch.Tensor:
     "Sentences -> [B,length,text_dim], zeros behind the end of each."
-    cleaned = [" ".join(html.unescape(html.unescape(p)).split()) for p in prompts]
+    cleaned = [clean_prompt(p) for p in prompts]
     longest = max((len(ids), p) for ids, p in zip(self.tokenizer(cleaned).input_ids, prompts))
     if longest[0] > self.length and not self.truncate:
         raise ValueError(f"prompts: expected at most {self.length} tokens, got {longest[0]} in {longest[1][:60]!r}...")
@@ -327,13 +333,14 @@ def with_checkpoint(model: nn.Module, head: nn.Linear, checkpoint: Path, lora: d
         tuned, pairs = read_weights(checkpoint / "model.pth"), {}
     else:
         tuned, pairs = read_weights(checkpoint / "non_lora_state_dict.pth"), read_weights(checkpoint / "adapter_model.safetensors")
-    place = lambda name: re.sub(r"^model\.(?=language_model\.|visual\.)", "", re.sub(r"^model\.(?=layers|embed_tokens|norm)", "language_model.", re.sub(r"^(base_model\.model\.)+", "", name)))
+    plain = lambda name: re.sub(r"^(base_model\.model\.)+", "", name)                                     # without peft's wrappers
+    place = lambda name: re.sub(r"^model\.(?=language_model\.|visual\.)", "", re.sub(r"^model\.(?=layers|embed_tokens|norm)", "language_model.", name))
     state = {f"body.{n}": t for n, t in model.state_dict().items()} | {"rm_head.weight": head.weight.data}
     body = lambda name: name if name.startswith("rm_head") else f"body.{place(name)}"
-    new = {body(n): t for n, t in tuned.items() if not n.startswith("lm_head")}
+    new = {body(plain(n)): t for n, t in tuned.items() if not plain(n).startswith("lm_head")}
     if unknown := sorted(new.keys() - state.keys()):
         raise ValueError(f"checkpoint: {len(unknown)} tensors of {checkpoint} have no place in the model, such as {unknown[0]}")
-    merged = merge_lora(state | new, {body(re.sub(r"^(base_model\.model\.)+", "", n)): t for n, t in pairs.items()}, lora.get("lora_alpha", 128), lora.get("lora_r", lora.get("r", 64)))
+    merged = merge_lora(state | new, {body(plain(n)): t for n, t in pairs.items()}, lora.get("lora_alpha", 128), lora.get("lora_r", lora.get("r", 64)))
     head.load_state_dict({"weight": merged.pop("rm_head.weight")})
     model.load_state_dict({n.removeprefix("body."): t for n, t in merged.items()})
     return model, head

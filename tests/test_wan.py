@@ -1,4 +1,5 @@
 """Full scale in small: every real component class with random weights, from files, through the training command."""
+import copy
 import csv
 import json
 import math
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLModel, UMT5Config, UMT5EncoderModel
 
@@ -19,7 +21,7 @@ from streamr1_ref import cli
 from streamr1_ref.conventions import load_tensors, read_mp4, save_tensors
 from streamr1_ref.train import PRESETS
 from streamr1_ref.transformer import WanConfig, WanTransformer
-from streamr1_ref.wan import OWN_WORDING, REWARD_TOKENS, PromptFile, load_video_reward, wan_models
+from streamr1_ref.wan import OWN_WORDING, REWARD_TOKENS, PromptFile, load_video_reward, wan_models, with_checkpoint
 
 SIZE = WanConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=32, text_len=512, freq_dim=32, latent_size=(4, 6))
 SPECIALS = ("<|vision_start|>", "<|video_pad|>", "<|vision_end|>")
@@ -160,6 +162,33 @@ def test_video_reward_from_files(downloads):
     assert all(torch.allclose(alone[a], scores[a][1:], atol=1e-4) for a in scores)
     with pytest.warns(UserWarning, match="our own wording"):
         load_video_reward(downloads / "reward", downloads / "qwen")
+
+
+class OldLayout(torch.nn.Module):
+    """Qwen2-VL with a reward head, its parts named as in the transformers release that VideoAlign was tuned with."""
+    def __init__(self, qwen):
+        super().__init__()
+        self.model, self.visual, self.rm_head = qwen.language_model, qwen.visual, torch.nn.Linear(32, 3, bias=False)
+
+
+def test_an_adapter_as_peft_saves_it_is_merged_as_peft_merges_it(downloads, tmp_path):
+    torch.manual_seed(3)
+    base = Qwen2VLModel.from_pretrained(downloads / "qwen")
+    base.resize_token_embeddings(len(PreTrainedTokenizerFast.from_pretrained(downloads / "qwen")) + len(REWARD_TOKENS))
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    tuned = get_peft_model(OldLayout(copy.deepcopy(base)), LoraConfig(r=4, lora_alpha=8, target_modules=linear))
+    for name, p in tuned.named_parameters():
+        p.data.add_(torch.randn_like(p) * 0.1 * ("lora" in name or "visual" in name or "rm_head" in name or "embed_tokens" in name))
+    folder = tmp_path / "reward" / "checkpoint-11352"
+    tuned.save_pretrained(folder)
+    assert any(name.endswith("layers.0.self_attn.q_proj.lora_A.weight") for name in load_tensors(folder / "adapter_model.safetensors")[0])
+    rest = {n: p.detach().clone() for n, p in tuned.named_parameters() if "lora_" not in n and any(part in n for part in ("visual", "rm_head", "embed_tokens"))}
+    torch.save(rest, folder / "non_lora_state_dict.pth")
+    ours, head = with_checkpoint(base, torch.nn.Linear(32, 3, bias=False), folder, {"lora_alpha": 8, "lora_r": 4})
+    theirs = tuned.merge_and_unload()
+    expected = {f"language_model.{n}": t for n, t in theirs.model.state_dict().items()} | {f"visual.{n}": t for n, t in theirs.visual.state_dict().items()}
+    assert ours.state_dict().keys() == expected.keys() and torch.equal(head.weight, theirs.rm_head.weight)
+    assert max((t - expected[n]).abs().max() for n, t in ours.state_dict().items()) < 1e-6
 
 
 def test_models_that_do_not_fit_each_other(downloads, tmp_path):
