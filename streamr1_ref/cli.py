@@ -32,7 +32,7 @@ from .cache import CacheConfig
 from .codec import WanVAECodec, load_codec, save_codec
 from .conventions import data_path, default_device, default_dtype, film_strip, side_by_side, save_tensors, writable_folder, write_gif, write_mp4
 from .conventions import progress as progress_bar
-from .fullscale import (DOWNLOADS, SMALL, TRAINING, Sizes, check_files, download, random_models, random_pipeline, score_videos, video_name,
+from .fullscale import (DOWNLOADS, SMALL, TRAINING, Sizes, check_files, count, download, random_models, random_pipeline, score_videos, video_name,
                                     write_table)
 from .evaluate import Ablation, ablate, collect_logs, distil, measure, pipeline_of
 from .objective import METHODS, Distillation, Distiller, Models, judge_rollouts, tiny_models
@@ -337,7 +337,7 @@ def place_process() -> torch.device:
 
 # %% ../nbs/cli.ipynb #d6f6f8df
 def generate(pipeline: Annotated[str, tyro.conf.Positional] = "tiny", prompt: tuple[str, ...] = (), prompts: str | None = None, seconds: float = 5.0, seed: int = 0, samples: int = 1,
-             out: str = "videos", vbench: bool = False, enlarge: int | None = None, wan: Annotated[WanVideo, tyro.conf.arg(name="")] = WanVideo()) -> None:
+             out: str = "videos", vbench: bool = False, names: str | None = None, enlarge: int | None = None, wan: Annotated[WanVideo, tyro.conf.arg(name="")] = WanVideo()) -> None:
     """Sentences to videos: of the tiny world's pipelines, or of Wan2.1 students (wan-1.3b --checkpoint FILE). Under torchrun the processes share the videos.
 
     Args:
@@ -349,6 +349,7 @@ def generate(pipeline: Annotated[str, tyro.conf.Positional] = "tiny", prompt: tu
         samples: Videos of each sentence.
         out: Folder for the videos, videos.json, which says how each was made, and prompts.json, which says what each shows.
         vbench: Name the videos as VBench does: SENTENCE-0.mp4, ... instead of 000.mp4, ...
+        names: File with one line for each of `prompts`: what the videos are called and judged by, where prompts were extended before.
         enlarge: Each pixel becomes a square of this many; by default 8 in the tiny world, 1 with Wan2.1.
         wan: For wan-1.3b.
     """
@@ -357,12 +358,15 @@ def generate(pipeline: Annotated[str, tyro.conf.Positional] = "tiny", prompt: tu
         raise ValueError("prompt: expected at least one sentence and none that is empty, in --prompt or in a file given by --prompts")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder, full = writable_folder(out), pipeline == "wan-1.3b"
-    jobs = [(video_name(i, s, k, samples, vbench), s, seed + k) for i, s in enumerate(sentences) for k in range(samples)]
+    titles = list(PromptFile(names)) if names else sentences
+    if len(titles) != len(sentences):
+        raise ValueError(f"names: expected a line for each of the {len(sentences)} prompts, got {len(titles)}")
+    jobs = [(video_name(i, titles[i], k, samples, vbench), s, seed + k) for i, s in enumerate(sentences) for k in range(samples)]
     pipe, mine = (wan.load() if full else StreamR1Pipeline.from_pretrained(pipeline)), jobs[rank::world]
     for sentence in dict.fromkeys(s for _, s, _ in mine):
         pipe.text([sentence])                                        # unknown words and too long sentences are found before any video is made
     if rank == 0:
-        (folder / "prompts.json").write_text(json.dumps({name: s for name, s, _ in jobs}, indent=1) + "\n")
+        (folder / "prompts.json").write_text(json.dumps({video_name(i, t, k, samples, vbench): t for i, t in enumerate(titles) for k in range(samples)}, indent=1) + "\n")
     made, record = [], folder / ("videos.json" if world == 1 else f"videos-{rank}.json")
     for name, sentence, seed_of in progress_bar(mine, "videos", rank == 0):
         made.append(film(pipe, folder / name, sentence, seconds, seed_of, enlarge or (1 if full else 8)) | {"model": wan.checkpoint if full else pipeline})
@@ -872,7 +876,8 @@ def bench_wan_step(size: str | None, teacher: str, steps: int, offload: tuple[st
     sizes, dtype = Sizes() if full else SMALL, default_dtype(device)
     step = replace(PRESETS["wan-1.3b"].distillation, micro_batches=world, exit_group=world, frames=21 if full else 3)
     models = random_models(sizes, SIZES[teacher] if full else None, device, dtype, offload_text="text encoder" in offload)
-    planned = plan(step, models.student.cfg, models.critic.cfg, world, width=dtype.itemsize, checkpointing=checkpointing, others=FROZEN if full else (), offload=offload)
+    frozen = [(name, count(part), 0.0) for name, part in (("text encoder", models.text.model), ("reward model", models.reward), ("VAE", models.codec.vae))]
+    planned = plan(step, models.student.cfg, models.critic.cfg, world, width=dtype.itemsize, checkpointing=checkpointing, others=frozen, offload=offload)
     for name in ("student", "critic", "teacher"):
         shard(getattr(models, name), mesh, dtype, name in offload)
     with TemporaryDirectory() as folder:

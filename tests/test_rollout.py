@@ -123,6 +123,19 @@ def test_gradient_reaches_the_weights_of_every_exit(evict, exit_steps):
         assert sum(g is not None and bool(g.abs().max() > 0) for g in grads) > 20
 
 
+@pytest.mark.parametrize("evict", [True, False])
+def test_recomputing_layers_in_the_backward_pass_changes_no_gradient(evict):
+    """Later blocks overwrite what the first ones saw; a backward pass that computes them again must not notice (LongLive #16)."""
+    grads = []
+    for checkpointing in (False, True):
+        net = small_net().double()
+        net.checkpointing = checkpointing
+        r = self_forcing_rollout(net, randn(1, 15, 4, 4, 6).double(), randn(1, 5, 16).double(), FlowSchedule(), exit_steps=[1, 3, 0, 2, 1], evict=evict,
+                                 cache=CacheConfig(alpha=0.5), generator=torch.Generator().manual_seed(0))
+        grads.append(torch.autograd.grad(r.latents.square().sum(), list(net.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*grads)) and any(g.abs().max() > 0 for g in grads[0])
+
+
 def test_a_rollout_without_gradients_builds_no_graph():
     net = small_net()
     with torch.no_grad():
