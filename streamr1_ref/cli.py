@@ -32,7 +32,8 @@ from .cache import CacheConfig
 from .codec import WanVAECodec, load_codec, save_codec
 from .conventions import data_path, default_device, default_dtype, film_strip, side_by_side, save_tensors, writable_folder, write_gif, write_mp4
 from .conventions import progress as progress_bar
-from .fullscale import (DOWNLOADS, SMALL, TRAINING, Sizes, check_files, count, download, random_models, random_pipeline, score_videos, video_name,
+from .fullscale import PRESETS as SIZES_FOR_BENCH
+from .fullscale import (DOWNLOADS, TRAINING, check_files, count, download, random_models, random_pipeline, score_videos, video_name,
                                     write_table)
 from .evaluate import Ablation, ablate, collect_logs, distil, measure, pipeline_of
 from .objective import METHODS, Distillation, Distiller, Models, judge_rollouts, tiny_models
@@ -808,7 +809,7 @@ def bench_step(batch: int, repeats: int, steps: int) -> None:
 @dataclass
 class BenchWan:
     """Words to video at Wan2.1's true size with random weights: first-frame latency, frames per second, and where the time goes."""
-    size: Literal["full", "small"] | None = None          # by default full on a GPU; small is for trying the command
+    size: Literal["full", "wide", "small"] | None = None  # by default full on a GPU, else small; wide is two layers of the real widths, and small pictures
     blocks: int = 200
     window_frames: int = 9
     sink: Literal["ema", "static", "none"] = "ema"
@@ -831,7 +832,7 @@ def first_frame(pipe: StreamR1Pipeline, watch: Stopwatch, repeats: int = 3) -> d
 def bench_wan(size: str | None, blocks: int, window_frames: int, sink: str, attention: str, compile: bool, out: str | None) -> None:
     """Print what `first_frame`, `time_blocks` and `split_times` measure; arguments as in `BenchWan`."""
     device, folder = default_device(), out and writable_folder(out)
-    sizes, machine = Sizes() if (size or ("full" if device.type == "cuda" else "small")) == "full" else SMALL, describe(device)
+    sizes, machine = SIZES_FOR_BENCH[size or ("full" if device.type == "cuda" else "small")], describe(device)
     pipe = random_pipeline(sizes, device, default_dtype(device), attention, compile, cache=CacheConfig(window_frames, sink=sink))
     embeds, decode = pipe.text(["a red fox runs over snow"]), pipe.codec.stream_decoder()
     start = lambda seed: pipe.sampler.stream(embeds, seeded(seed))
@@ -847,7 +848,7 @@ def bench_wan(size: str | None, blocks: int, window_frames: int, sink: str, atte
     ratio = late_over_early(stream, young, decode, pairs=min(50, blocks))
     split = split_times(stream, decode, 10, inside=not compile)
     h, w = (8 * n for n in sizes.net.latent_size)
-    print(f"{machine}, torch {torch.__version__}, {parameter_count(sizes.net) / 1e9:.2f} B parameters in {embeds.dtype}, {h} x {w} pixels, window {window_frames}, sink {sink}, {attention}{', compiled' if compile else ''}")
+    print(f"{machine}, torch {torch.__version__}, {parameter_count(sizes.net):,} parameters in {embeds.dtype}, {h} x {w} pixels, window {window_frames}, sink {sink}, {attention}{', compiled' if compile else ''}")
     rows = {"text, once a prompt": latency["text"], "first frame from the words on": latency["first frame"]} | split
     for name, ms in rows.items():
         print(f"{name:36}{ms:10.2f} ms")
@@ -861,7 +862,7 @@ def bench_wan(size: str | None, blocks: int, window_frames: int, sink: str, atte
 @dataclass
 class BenchWanStep:
     """A training step at Wan2.1's true size with random weights: time and peak memory, against the plan. On a GPU under torchrun, also on one."""
-    size: Literal["full", "small"] | None = None          # by default full on a GPU
+    size: Literal["full", "wide", "small"] | None = None  # by default full on a GPU, else small; wide is two layers of the real widths, and small pictures
     teacher: Literal["1.3B", "14B"] = "1.3B"              # and the critic; in full size
     steps: int = 2                                        # after one for warming up
     offload: tuple[Literal["teacher", "text encoder"], ...] = ()
@@ -872,10 +873,11 @@ def bench_wan_step(size: str | None, teacher: str, steps: int, offload: tuple[st
     device, mesh = default_device(), start_processes()
     if device.type == "cuda" and mesh is None:
         raise ValueError("bench wan-step: on GPUs start it with torchrun, also on one: torchrun --standalone --nproc-per-node 1 -m streamr1_ref.cli bench wan-step")
-    full, world = (size or ("full" if device.type == "cuda" else "small")) == "full", 1 if mesh is None else mesh.size()
-    sizes, dtype = Sizes() if full else SMALL, default_dtype(device)
-    step = replace(PRESETS["wan-1.3b"].distillation, micro_batches=world, exit_group=world, frames=21 if full else 3)
-    models = random_models(sizes, SIZES[teacher] if full else None, device, dtype, offload_text="text encoder" in offload)
+    name, world = size or ("full" if device.type == "cuda" else "small"), 1 if mesh is None else mesh.size()
+    sizes, dtype, resident = SIZES_FOR_BENCH[name], default_dtype(device), 1e3 * getrusage(RUSAGE_SELF).ru_maxrss
+    published = PRESETS["wan-1.3b"].distillation
+    step = replace(published, critic_steps=1, micro_batches=world, exit_group=world, frames={"full": 21, "wide": 6, "small": 3}[name])
+    models = random_models(sizes, SIZES[teacher] if name == "full" else None, device, dtype, offload_text="text encoder" in offload)
     frozen = [(name, count(part), 0.0) for name, part in (("text encoder", models.text.model), ("reward model", models.reward), ("VAE", models.codec.vae))]
     planned = plan(step, models.student.cfg, models.critic.cfg, world, width=dtype.itemsize, checkpointing=checkpointing, others=frozen, offload=offload)
     for name in ("student", "critic", "teacher"):
@@ -888,11 +890,12 @@ def bench_wan_step(size: str | None, teacher: str, steps: int, offload: tuple[st
             record = trainer.advance()
             if repeat == 0:
                 watch.seconds.clear(), watch.calls.clear()
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1e3 * getrusage(RUSAGE_SELF).ru_maxrss
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1e3 * getrusage(RUSAGE_SELF).ru_maxrss - resident
     if trainer.rank == 0:
-        print(f"{describe(device)}, {world} processes, torch {torch.__version__}, {parameter_count(models.student.cfg) / 1e9:.2f} B student, {parameter_count(models.critic.cfg) / 1e9:.2f} B teacher and critic, {dtype}, a clip of {step.frames} latent frames per process")
+        print(f"{describe(device)}, {world} processes, torch {torch.__version__}, student of {parameter_count(models.student.cfg):,} parameters, teacher and critic of {parameter_count(models.critic.cfg):,}, {dtype}, a clip of {step.frames} latent frames per process")
         print(f"critic's update {watch.mean_ms('critic') / 1e3:.2f} s, student's update {watch.mean_ms('student') / 1e3:.2f} s, loss {record.get('loss', float('nan')):.3f}")
-        print(f"a step (critic {step.critic_steps}, student 1) of 64 clips on {world} processes: {64 / world * (step.critic_steps * watch.mean_ms('critic') + watch.mean_ms('student')) / 1e3:.0f} s")
+        seconds = published.micro_batches / world * (published.critic_steps * watch.mean_ms("critic") + watch.mean_ms("student")) / 1e3
+        print(f"a published step (critic {published.critic_steps}, student 1) of {published.micro_batches} clips on {world} processes would take {seconds:.0f} s")
         print(f"peak memory {peak / 2**30:.1f} GiB; planned: {sum(b.memory for b in planned) / 2**30:.1f} GiB, of it weights and training state {sum(b.weights + b.training for b in planned) / 2**30:.1f}")
     if mesh is not None:
         dist.destroy_process_group()
