@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from fastcore.basics import patch
-from matplotlib.image import imsave
+from PIL import Image
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -419,7 +419,8 @@ def train(self: Trainer, progress: bool = True) -> list[dict]:
                 clips = self.sample()
                 if self.rank == 0:
                     (self.folder / "samples").mkdir(exist_ok=True)
-                    imsave(self.folder / "samples" / f"step-{self.step_count:06d}.png", film_strip(clips, every=max(1, clips.shape[1] // 8)).numpy())
+                    picture = film_strip(clips, every=max(1, clips.shape[1] // 8)).mul(255).round().byte()
+                    Image.fromarray(picture.numpy()).save(self.folder / "samples" / f"step-{self.step_count:06d}.png")
             if stop:
                 raise KeyboardInterrupt
     return records

@@ -11,8 +11,6 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.svm import SVC
 
 from .conventions import check_tensor
 
@@ -87,6 +85,7 @@ def caption_split(seed: int = 0, num_heldout: int = 256) -> tuple[list[Caption],
 # %% ../nbs/00_moving_digits.ipynb #a3d7d68b
 @lru_cache
 def _digits() -> tuple[torch.Tensor, torch.Tensor]:
+    from sklearn.datasets import load_digits                       # two seconds to import, and many processes need none
     data = load_digits()
     return torch.tensor(data.images / 16, dtype=torch.float32), torch.tensor(data.target)
 
@@ -266,6 +265,7 @@ class Oracle:
         captions = all_captions() * 4
         still = WorldConfig(self.config.canvas, self.config.digit_size, num_frames=1)
         ink = read_glyphs(sample_clips(captions, torch.Generator().manual_seed(self.seed), still), still.digit_size)
+        from sklearn.svm import SVC                                 # two seconds to import, and many processes need none
         self.classifier = SVC(C=10.0, gamma=0.02).fit(ink.flatten(1).numpy(), [c.digit for c in captions])
 
     def read_digit(self, pixels: torch.Tensor, every: int = 4) -> list[int]:
