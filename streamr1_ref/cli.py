@@ -363,6 +363,8 @@ def generate(pipeline: Annotated[str, tyro.conf.Positional] = "tiny", prompt: tu
     if len(titles) != len(sentences):
         raise ValueError(f"names: expected a line for each of the {len(sentences)} prompts, got {len(titles)}")
     jobs = [(video_name(i, titles[i], k, samples, vbench), s, seed + k) for i, s in enumerate(sentences) for k in range(samples)]
+    if len({name for name, *_ in jobs}) < len(jobs):
+        raise ValueError("prompts: expected different sentences with VBench's naming, one occurs twice")
     pipe, mine = (wan.load() if full else StreamR1Pipeline.from_pretrained(pipeline)), jobs[rank::world]
     for sentence in dict.fromkeys(s for _, s, _ in mine):
         pipe.text([sentence])                                        # unknown words and too long sentences are found before any video is made
