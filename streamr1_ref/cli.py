@@ -315,7 +315,7 @@ class WanVideo:
     resolution: tuple[int, int] = (480, 832)         # height and width, multiples of 16
     dtype: Literal["bfloat16", "float32"] | None = None     # by default bfloat16 on a GPU
     attention: str = "sdpa"                # see streamr1 info
-    compile: bool = False                  # the layers with torch.compile: minutes once, then faster
+    compile: tuple[Literal["network", "vae"], ...] = ()     # with torch.compile: minutes once, then faster
     cache: CacheConfig = field(default_factory=CacheConfig)
     head_dim: int = 128                    # of all Wan2.1 models
 
@@ -816,7 +816,7 @@ class BenchWan:
     window_frames: int = 9
     sink: Literal["ema", "static", "none"] = "ema"
     attention: str = "sdpa"                               # see streamr1_ref.attention
-    compile: bool = False                                 # the layers with torch.compile
+    compile: tuple[Literal["network", "vae"], ...] = ()    # with torch.compile
     out: str | None = None                                # folder for wan_bench.json
 
 def first_frame(pipe: StreamR1Pipeline, watch: Stopwatch, repeats: int = 3) -> dict[str, float]:
@@ -831,7 +831,7 @@ def first_frame(pipe: StreamR1Pipeline, watch: Stopwatch, repeats: int = 3) -> d
 
 # %% ../nbs/cli.ipynb #a4a8cb43
 @torch.no_grad()
-def bench_wan(size: str | None, blocks: int, window_frames: int, sink: str, attention: str, compile: bool, out: str | None) -> None:
+def bench_wan(size: str | None, blocks: int, window_frames: int, sink: str, attention: str, compile: tuple[str, ...], out: str | None) -> None:
     """Print what `first_frame`, `time_blocks` and `split_times` measure; arguments as in `BenchWan`."""
     device, folder = default_device(), out and writable_folder(out)
     sizes, machine = SIZES_FOR_BENCH[size or ("full" if device.type == "cuda" else "small")], describe(device)
@@ -848,9 +848,9 @@ def bench_wan(size: str | None, blocks: int, window_frames: int, sink: str, atte
     for _ in range(10):
         next(young)
     ratio = late_over_early(stream, young, decode, pairs=min(50, blocks))
-    split = split_times(stream, decode, 10, inside=not compile)
+    split = split_times(stream, decode, 10, inside="network" not in compile)
     h, w = (8 * n for n in sizes.net.latent_size)
-    print(f"{machine}, torch {torch.__version__}, {parameter_count(sizes.net):,} parameters in {embeds.dtype}, {h} x {w} pixels, window {window_frames}, sink {sink}, {attention}{', compiled' if compile else ''}")
+    print(f"{machine}, torch {torch.__version__}, {parameter_count(sizes.net):,} parameters in {embeds.dtype}, {h} x {w} pixels, window {window_frames}, sink {sink}, {attention}{', compiled: ' + ' and '.join(compile) if compile else ''}")
     rows = {"text, once a prompt": latency["text"], "first frame from the words on": latency["first frame"]} | split
     for name, ms in rows.items():
         print(f"{name:36}{ms:10.2f} ms")

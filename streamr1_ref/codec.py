@@ -188,6 +188,6 @@ class WanVAEStreamDecoder:
         z = vae.post_quant_conv(z * self.codec.std.to(z) + self.codec.mean.to(z))
         frames = []
         for latent in z.split(1, dim=2):
-            frames.append(vae.decoder(latent, feat_cache=self.memory, feat_idx=[0], first_chunk=not self.started))
+            frames.append(vae.decoder(latent.contiguous(), feat_cache=self.memory, feat_idx=[0], first_chunk=not self.started))
             self.started = True
         return ((torch.cat(frames, 2).float().clamp(-1, 1) + 1) / 2).transpose(1, 2)

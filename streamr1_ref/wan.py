@@ -35,7 +35,8 @@ __all__ = ['SIZES', 'CLIP_MEAN', 'CLIP_STD', 'OWN_WORDING', 'REWARD_TOKENS', 'FR
            'model_size', 'latent_size_of', 'load_wan', 'diffusers_config', 'convert', 'clean_prompt', 'UMT5Text',
            'video_patches', 'question', 'VideoReward', 'merge_lora', 'newest_checkpoint', 'normalisation',
            'load_video_reward', 'with_checkpoint', 'forward_flops', 'rollout_flops', 'Budget', 'parameter_count',
-           'plan', 'check_memory', 'PromptFile', 'load_text_and_vae', 'compile_blocks', 'wan_pipeline', 'wan_models']
+           'plan', 'check_memory', 'PromptFile', 'load_text_and_vae', 'compile_blocks', 'compile_decoder',
+           'compile_parts', 'wan_pipeline', 'wan_models']
 
 # %% ../nbs/15_wan.ipynb #f72e423e
 def read_weights(path: str | Path) -> dict:
@@ -456,15 +457,30 @@ def compile_blocks(net: WanTransformer, backend: str = "inductor") -> WanTransfo
         block.compile(backend=backend, dynamic=False)
     return net
 
+def compile_decoder(codec: WanVAECodec, backend: str = "inductor") -> WanVAECodec:
+    """Compile the VAE's decoder, in place, and return the codec. The first three latent frames take a while: the memory of its convolutions fills up."""
+    codec.vae.decoder.compile(backend=backend, dynamic=False)             # the module that streaming calls; compiling the VAE itself would do nothing
+    return codec
+
 # %% ../nbs/15_wan.ipynb #34856b7f
+def compile_parts(pipe: StreamR1Pipeline, parts: Sequence[str]) -> StreamR1Pipeline:
+    """Compile "network", "vae", both or nothing of a pipeline, in place; returns it. ValueError for other names."""
+    if unknown := set(parts) - {"network", "vae"}:
+        raise ValueError(f"compile: expected network, vae or both, got {', '.join(sorted(unknown))}")
+    if "network" in parts:
+        compile_blocks(pipe.sampler.net)
+    if "vae" in parts:
+        compile_decoder(pipe.codec)
+    return pipe
+
 def wan_pipeline(checkpoint: str | Path, base: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None, text_cache: str | Path | None = None,
-                 attention: str = "sdpa", compiled: bool = False, head_dim: int = 128, latent_size: tuple[int, int] = (60, 104), size: str | None = None, **settings) -> StreamR1Pipeline:
-    """A student's weights with the text encoder and VAE in `base`; `settings` are those of `StreamSampler`. bfloat16 on a GPU, float32 on a CPU."""
+                 attention: str = "sdpa", compiled: Sequence[str] = (), head_dim: int = 128, latent_size: tuple[int, int] = (60, 104), size: str | None = None, **settings) -> StreamR1Pipeline:
+    """A student's weights with the text encoder and VAE in `base`; `settings` are those of `StreamSampler`. bfloat16 on a GPU, float32 on a CPU. `compiled`: "network", "vae" or both."""
     device = torch.device(device or default_device())
     dtype = dtype or default_dtype(device)
     net = set_attention(load_wan(checkpoint, dtype, head_dim, latent_size, size).to(device), attention)
     text, codec = load_text_and_vae(base, device, dtype, text_cache, net.cfg.text_len)
-    return StreamR1Pipeline(StreamSampler(compile_blocks(net) if compiled else net, **settings), text, codec)
+    return compile_parts(StreamR1Pipeline(StreamSampler(net, **settings), text, codec), compiled)
 
 # %% ../nbs/15_wan.ipynb #7e132fe9
 def wan_models(student: str | Path, teacher: str | Path, base: str | Path, reward: RewardModel, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
