@@ -33,7 +33,7 @@ from .codec import WanVAECodec, load_codec, save_codec
 from .conventions import data_path, default_device, default_dtype, film_strip, side_by_side, save_tensors, writable_folder, write_gif, write_mp4
 from .conventions import progress as progress_bar
 from .fullscale import PRESETS as SIZES_FOR_BENCH
-from .fullscale import (DOWNLOADS, TRAINING, check_files, count, download, random_models, random_pipeline, score_videos, video_name,
+from .fullscale import (DOWNLOADS, TRAINING, ask_hub, check_files, count, download, random_models, random_pipeline, score_videos, video_name,
                                     write_table)
 from .evaluate import Ablation, ablate, collect_logs, distil, measure, pipeline_of
 from .objective import METHODS, Distillation, Distiller, Models, judge_rollouts, tiny_models
@@ -383,7 +383,7 @@ def film(pipe: StreamR1Pipeline, path: Path, sentence: str, seconds: float, seed
     stream, first = pipe.stream(sentence, seed), []
 
     def shown():
-        for _ in progress_bar(range(frames), path.stem[:20], show=frames > 10 * pipe.fps, leave=False):
+        for _ in progress_bar(range(frames), path.stem[:20], show=frames > 10 * pipe.fps and os.environ.get("RANK", "0") == "0", leave=False):
             frame = next(stream)[0].cpu()
             first.append(perf_counter() - began)
             yield frame
@@ -411,8 +411,7 @@ def download_command(names: Annotated[tuple[Literal[tuple(DOWNLOADS)], ...], tyr
         return
     if dry_run:
         for name in names:
-            from huggingface_hub import snapshot_download            # needed here only
-            files = snapshot_download(DOWNLOADS[name].repo, allow_patterns=list(DOWNLOADS[name].files), local_dir=Path(folder) / name, dry_run=True)
+            files = ask_hub(DOWNLOADS[name], Path(folder) / name, dry_run=True)
             print(f"{name:16}{sum(f.file_size for f in files) / 1e9:7.2f} GB in {len(files)} files, {sum(f.file_size for f in files if f.will_download) / 1e9:.2f} GB to fetch")
         return
     have = sum(p.stat().st_size for n in names for p in (Path(folder) / n).rglob("*") if p.is_file())
@@ -876,7 +875,7 @@ def bench_wan_step(size: str | None, teacher: str, steps: int, offload: tuple[st
     if device.type == "cuda" and mesh is None:
         raise ValueError("bench wan-step: on GPUs start it with torchrun, also on one: torchrun --standalone --nproc-per-node 1 -m streamr1_ref.cli bench wan-step")
     name, world = size or ("full" if device.type == "cuda" else "small"), 1 if mesh is None else mesh.size()
-    sizes, dtype, resident = SIZES_FOR_BENCH[name], default_dtype(device), 1e3 * getrusage(RUSAGE_SELF).ru_maxrss
+    sizes, dtype, resident = SIZES_FOR_BENCH[name], default_dtype(device), 1024 * getrusage(RUSAGE_SELF).ru_maxrss
     published = PRESETS["wan-1.3b"].distillation
     step = replace(published, critic_steps=1, micro_batches=world, exit_group=world, frames={"full": 21, "wide": 6, "small": 3}[name])
     models = random_models(sizes, SIZES[teacher] if name == "full" else None, device, dtype, offload_text="text encoder" in offload)
@@ -892,7 +891,7 @@ def bench_wan_step(size: str | None, teacher: str, steps: int, offload: tuple[st
             record = trainer.advance()
             if repeat == 0:
                 watch.seconds.clear(), watch.calls.clear()
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1e3 * getrusage(RUSAGE_SELF).ru_maxrss - resident
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * getrusage(RUSAGE_SELF).ru_maxrss - resident
     if trainer.rank == 0:
         print(f"{describe(device)}, {world} processes, torch {torch.__version__}, student of {parameter_count(models.student.cfg):,} parameters, teacher and critic of {parameter_count(models.critic.cfg):,}, {dtype}, a clip of {step.frames} latent frames per process")
         print(f"critic's update {watch.mean_ms('critic') / 1e3:.2f} s, student's update {watch.mean_ms('student') / 1e3:.2f} s, loss {record.get('loss', float('nan')):.3f}")
