@@ -29,11 +29,11 @@ from torch.utils.benchmark import Timer
 
 from .attention import BACKENDS, set_attention, why_not
 from .cache import CacheConfig
-from .codec import WanVAECodec, load_codec, save_codec
+from .codec import load_codec, save_codec
 from .conventions import data_path, default_device, default_dtype, film_strip, side_by_side, save_tensors, writable_folder, write_gif, write_mp4
 from .conventions import progress as progress_bar
 from .fullscale import PRESETS as SIZES_FOR_BENCH
-from .fullscale import (DOWNLOADS, TRAINING, ask_hub, check_files, count, download, random_models, random_pipeline, score_videos, video_name,
+from .fullscale import (DOWNLOADS, TRAINING, Sizes, ask_hub, check_files, count, download, random_codec, random_models, random_pipeline, score_videos, video_name,
                                     write_table)
 from .evaluate import Ablation, ablate, collect_logs, distil, measure, pipeline_of
 from .objective import METHODS, Distillation, Distiller, Models, judge_rollouts, tiny_models
@@ -729,11 +729,10 @@ def stream_for_bench(preset: str, device: torch.device, batch: int, cache: Cache
         student = load_student()
         net, codec, embeds = student.model.transformer.to(device), student.codec, student.model.text(["a red 3 moving up"] * batch).to(device)
     else:
-        from diffusers import AutoencoderKLWan                  # seconds to import, and needed here only
         cfg, dtype = WanConfig.wan_1_3b(), default_dtype(device)
         with device:
-            net, vae = WanTransformer(cfg).to(dtype).requires_grad_(False), AutoencoderKLWan().to(dtype).requires_grad_(False)
-        codec, embeds = WanVAECodec(vae), torch.zeros(batch, cfg.text_len, cfg.text_dim, device=device, dtype=dtype)
+            net = WanTransformer(cfg).to(dtype).requires_grad_(False)
+        codec, embeds = random_codec(Sizes(), device, dtype), torch.zeros(batch, cfg.text_len, cfg.text_dim, device=device, dtype=dtype)
     stream = StreamSampler(set_attention(net, attention), cache=cache).stream(embeds, torch.Generator(device).manual_seed(0))
     return stream, codec.stream_decoder()
 
@@ -848,7 +847,7 @@ def bench_wan(size: str | None, blocks: int, window_frames: int, sink: str, atte
         next(young)
     ratio = late_over_early(stream, young, decode, pairs=min(50, blocks))
     split = split_times(stream, decode, 10, inside="network" not in compile)
-    h, w = (8 * n for n in sizes.net.latent_size)
+    h, w = (pipe.codec.space_stride * n for n in sizes.net.latent_size)
     print(f"{machine}, torch {torch.__version__}, {parameter_count(sizes.net):,} parameters in {embeds.dtype}, {h} x {w} pixels, window {window_frames}, sink {sink}, {attention}{', compiled: ' + ' and '.join(compile) if compile else ''}")
     rows = {"text, once a prompt": latency["text"], "first frame from the words on": latency["first frame"]} | split
     for name, ms in rows.items():

@@ -126,6 +126,7 @@ def read_config(path: Path) -> dict:
         raise ValueError(f"path: {path} is not JSON: {error}") from error
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
+# %% ../nbs/14_streaming.ipynb #ffc6b692
 @patch(cls_method=True)
 def from_pretrained(cls: StreamR1Pipeline, path: str | Path = "tiny") -> StreamR1Pipeline:
     "The pipeline in a folder of `save_pretrained`, or a preset: one of `PRESETS`."

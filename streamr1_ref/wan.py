@@ -32,8 +32,8 @@ from .transformer import WanConfig, WanTransformer, load_wan_weights, to_diffuse
 
 # %% auto #0
 __all__ = ['SIZES', 'CLIP_MEAN', 'CLIP_STD', 'OWN_WORDING', 'REWARD_TOKENS', 'FROZEN', 'read_weights', 'official', 'config_of',
-           'model_size', 'latent_size_of', 'load_wan', 'diffusers_config', 'convert', 'clean_prompt', 'UMT5Text',
-           'video_patches', 'question', 'VideoReward', 'merge_lora', 'newest_checkpoint', 'normalisation',
+           'model_size', 'latent_size_of', 'load_wan', 'diffusers_config', 'convert', 'word_tokenizer', 'clean_prompt',
+           'UMT5Text', 'video_patches', 'question', 'VideoReward', 'merge_lora', 'newest_checkpoint', 'normalisation',
            'load_video_reward', 'with_checkpoint', 'forward_flops', 'rollout_flops', 'Budget', 'parameter_count',
            'plan', 'check_memory', 'PromptFile', 'load_text_and_vae', 'compile_blocks', 'compile_decoder',
            'compile_parts', 'wan_pipeline', 'wan_models']
@@ -128,6 +128,18 @@ def convert(source: str | Path, target: str | Path, naming: str, head_dim: int =
     save_tensors(target / "diffusion_pytorch_model.safetensors", renamed, {"format": "pt"})
     (target / "config.json").write_text(json.dumps(diffusers_config(cfg) if naming == "diffusers" else asdict(cfg), indent=1) + "\n")
     return target
+
+# %% ../nbs/15_wan.ipynb #6c84af69
+def word_tokenizer(words: Sequence[str], specials: Sequence[str] = ()):
+    """A transformers tokenizer with a token a word, `specials` among them; others are <unk>, the end is </s>. For networks with random weights."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors        # needed here only
+    from transformers import PreTrainedTokenizerFast
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *specials, *words])}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    made = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    made.add_special_tokens({"additional_special_tokens": list(specials)})
+    return made
 
 # %% ../nbs/15_wan.ipynb #5241b819
 def clean_prompt(prompt: str) -> str:
@@ -407,14 +419,15 @@ def plan(run: Distillation, student: WanConfig, teacher: WanConfig, gpus: int = 
     parts += [Budget(name, count, width * count, 0.0, 0.0, m * run.batch * flops) for name, count, flops in others]
     return [replace(b, weights=0.0) if b.part in offload else b for b in parts]
 
+# %% ../nbs/15_wan.ipynb #20d31267
+FROZEN = (("text encoder", 5.68e9, 5.8e12), ("reward model", 2.21e9, 7.5e14), ("VAE", 0.127e9, 2.75e14))     # name, parameters, operations per clip of the student's update
+
+# %% ../nbs/15_wan.ipynb #88c65d99
 def check_memory(budget: Sequence[Budget], available: float) -> None:
     """ValueError with the plan's figures if it needs more than `available` bytes of memory on a GPU."""
     if (need := sum(b.memory for b in budget)) > available:
         figures = ", ".join(f"{b.part} {b.memory / 2**30:.1f}" for b in budget)
         raise ValueError(f"gpus: expected {need / 2**30:.1f} GiB of memory on each ({figures}), there are {available / 2**30:.1f}; take more GPUs, offload the teacher and the text encoder, or choose fewer frames")
-
-# %% ../nbs/15_wan.ipynb #20d31267
-FROZEN = (("text encoder", 5.68e9, 5.8e12), ("reward model", 2.21e9, 7.5e14), ("VAE", 0.127e9, 2.75e14))     # name, parameters, operations per clip of the student's update
 
 # %% ../nbs/15_wan.ipynb #872709e8
 class PromptFile(Sequence):

@@ -12,30 +12,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLModel, UMT5Config, UMT5EncoderModel
+from transformers import PreTrainedTokenizerFast, Qwen2VLModel
 
 from streamr1_ref import cli
 from streamr1_ref.conventions import load_tensors, read_mp4, save_tensors
+from streamr1_ref.fullscale import SMALL, random_codec, random_reward, random_text
 from streamr1_ref.train import PRESETS
-from streamr1_ref.transformer import WanConfig, WanTransformer
-from streamr1_ref.wan import OWN_WORDING, REWARD_TOKENS, PromptFile, load_video_reward, wan_models, with_checkpoint
+from streamr1_ref.transformer import WanTransformer
+from streamr1_ref.wan import OWN_WORDING, REWARD_TOKENS, PromptFile, load_video_reward, wan_models, with_checkpoint, word_tokenizer
 
-SIZE = WanConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=32, text_len=512, freq_dim=32, latent_size=(4, 6))
+SIZE = replace(SMALL.net, text_len=512)
 SPECIALS = ("<|vision_start|>", "<|video_pad|>", "<|vision_end|>")
-
-
-def tokenizer(words, specials=()):
-    vocabulary = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *specials, *words])}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    made = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    if specials:
-        made.add_special_tokens({"additional_special_tokens": list(specials)})
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +32,13 @@ def downloads(tmp_path_factory):
     folder = tmp_path_factory.mktemp("downloads")
     torch.manual_seed(0)
     words = "a red fox runs over snow".split()
-    UMT5EncoderModel(UMT5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)).save_pretrained(folder / "base" / "text_encoder")
-    tokenizer(words).save_pretrained(folder / "base" / "tokenizer")
-    AutoencoderKLWan(base_dim=8, decoder_base_dim=8, z_dim=16, num_res_blocks=1).save_pretrained(folder / "base" / "vae")
+    random_text(SMALL).model.save_pretrained(folder / "base" / "text_encoder")
+    word_tokenizer(words).save_pretrained(folder / "base" / "tokenizer")
+    random_codec(SMALL).vae.save_pretrained(folder / "base" / "vae")
     for name in ("student", "teacher"):
         save_tensors(folder / f"{name}.safetensors", WanTransformer(SIZE).state_dict())
-    judge = tokenizer(words, SPECIALS)
+    judge, qwen = word_tokenizer(words, SPECIALS), random_reward(SMALL).model
     judge.save_pretrained(folder / "qwen")
-    config = Qwen2VLConfig(text_config=dict(vocab_size=len(judge), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                                            rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}, bos_token_id=0, eos_token_id=1),
-                           vision_config=dict(depth=1, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2),
-                           video_token_id=judge.convert_tokens_to_ids("<|video_pad|>"), image_token_id=2, vision_start_token_id=judge.convert_tokens_to_ids("<|vision_start|>"))
-    qwen = Qwen2VLModel(config)
     qwen.save_pretrained(folder / "qwen")
     qwen.resize_token_embeddings(len(judge) + len(REWARD_TOKENS))
     checkpoint = folder / "reward" / "checkpoint-7"
