@@ -66,9 +66,9 @@ def test_interruption_ends_with_130(tmp_path):
                                # a shell that starts us in the background ignores SIGINT, and children inherit that
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.time() + 120
-    while not (tmp_path / "run" / "log.jsonl").exists() and time.time() < deadline:
-        time.sleep(0.1)
-    time.sleep(1)
+    log = tmp_path / "run" / "log.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) >= 2) and process.poll() is None and time.time() < deadline:
+        time.sleep(0.1)                                                  # until it trains: nothing is being imported any more
     process.send_signal(signal.SIGINT)
     try:
         _, err = process.communicate(timeout=60)
