@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from torch.utils.benchmark import Timer
 
 from .attention import BACKENDS, set_attention, why_not
+from .budget import FROZEN, check_memory, parameter_count, plan
 from .cache import CacheConfig
 from .codec import load_codec, save_codec
 from .conventions import data_path, default_device, default_dtype, film_strip, side_by_side, save_tensors, writable_folder, write_gif, write_mp4
@@ -46,7 +47,8 @@ from .teacher import (TeacherTraining, codec_floor, evaluate_teacher, load_teach
                                   train_teacher)
 from .train import PRESETS, TrainConfig, Trainer, shard, start_processes
 from .transformer import WanConfig, WanTransformer, load_wan_weights
-from .wan import (FROZEN, SIZES, PromptFile, check_memory, config_of, convert, latent_size_of, load_video_reward, model_size, official, parameter_count, plan,
+from .video_reward import load_video_reward
+from .wan import (SIZES, PromptFile, config_of, convert, latent_size_of, model_size, official,
                               read_weights, wan_models, wan_pipeline)
 from .world import Oracle, caption_split, mixed_clips, sample_clips
 

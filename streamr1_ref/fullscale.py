@@ -32,7 +32,8 @@ from .pipeline import StreamR1Pipeline
 from .reward import RewardModel
 from .rollout import StreamSampler
 from .transformer import WanConfig, WanTransformer
-from .wan import OWN_WORDING, REWARD_TOKENS, UMT5Text, VideoReward, compile_parts, word_tokenizer
+from .video_reward import OWN_WORDING, REWARD_TOKENS, VideoReward
+from .wan import UMT5Text, compile_parts, word_tokenizer
 
 # %% ../nbs/15b_full_scale.ipynb #ed74b89b
 @dataclass(frozen=True)

@@ -8,12 +8,10 @@ from __future__ import annotations
 import hashlib
 import html
 import json
-import re
-import warnings
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -21,22 +19,20 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from .attention import block_sizes, set_attention
+from .attention import set_attention
 from .codec import WanVAECodec
-from .conventions import check_tensor, default_device, default_dtype, load_tensors, save_tensors
-from .objective import Distillation, Models
+from .conventions import default_device, default_dtype, load_tensors, save_tensors
+from .objective import Models
 from .pipeline import StreamR1Pipeline
-from .reward import AXES, RewardModel
+from .reward import RewardModel
 from .rollout import StreamSampler
-from .transformer import WanConfig, WanTransformer, load_wan_weights, to_diffusers_name, to_official_name, unwrap_state_dict
+from .transformer import (WanConfig, WanTransformer, load_wan_weights, to_diffusers_name,
+                                      to_official_name, unwrap_state_dict)
 
 # %% auto #0
-__all__ = ['SIZES', 'CLIP_MEAN', 'CLIP_STD', 'OWN_WORDING', 'REWARD_TOKENS', 'FROZEN', 'read_weights', 'official', 'config_of',
-           'model_size', 'latent_size_of', 'load_wan', 'diffusers_config', 'convert', 'word_tokenizer', 'clean_prompt',
-           'UMT5Text', 'video_patches', 'question', 'VideoReward', 'merge_lora', 'newest_checkpoint', 'normalisation',
-           'load_video_reward', 'with_checkpoint', 'forward_flops', 'rollout_flops', 'Budget', 'parameter_count',
-           'plan', 'check_memory', 'PromptFile', 'load_text_and_vae', 'compile_blocks', 'compile_decoder',
-           'compile_parts', 'wan_pipeline', 'wan_models']
+__all__ = ['SIZES', 'read_weights', 'official', 'config_of', 'model_size', 'latent_size_of', 'load_wan', 'diffusers_config',
+           'convert', 'word_tokenizer', 'clean_prompt', 'UMT5Text', 'PromptFile', 'load_text_and_vae', 'compile_blocks',
+           'compile_decoder', 'compile_parts', 'wan_pipeline', 'wan_models']
 
 # %% ../nbs/15_wan.ipynb #f72e423e
 def read_weights(path: str | Path) -> dict:
@@ -209,225 +205,6 @@ def remembered(self: UMT5Text, prompt: str) -> torch.Tensor:
         save_tensors(path, {"embedding": made[:, :end]})
     found = load_tensors(path)[0]["embedding"].to(self.device)
     return F.pad(found, (0, 0, 0, self.length - found.shape[1]))
-
-# %% ../nbs/15_wan.ipynb #3826bff7
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)      # of CLIP's training images
-
-# %% ../nbs/15_wan.ipynb #f9a654af
-def video_patches(pixels: torch.Tensor, size: tuple[int, int] | None = None, patch_size: int = 14, temporal: int = 2, merge: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels [B,T,3,H,W] in [0,1] -> Qwen2-VL's input: patches [B*t*h*w, 3*temporal*patch_size^2] and grid [B,3] of (t, h, w), differentiable.
-
-    Frames are resized to `size` by antialiased bicubic interpolation; an odd last frame is repeated. ValueError for sides that patches do not fill.
-    """
-    B, T, C, H, W = check_tensor("pixels", pixels, "B T C H W", C=3).shape
-    if size is not None and size != (H, W):
-        pixels, (H, W) = F.interpolate(pixels.flatten(0, 1), size=size, mode="bicubic", antialias=True).unflatten(0, (B, T)), size
-    side = patch_size * merge
-    if H % side or W % side:
-        raise ValueError(f"size: expected multiples of {side}, got {H}x{W}")
-    mean, std = (torch.tensor(v, dtype=pixels.dtype, device=pixels.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-    x = (pixels - mean) / std
-    x = torch.cat([x] + [x[:, -1:]] * (-T % temporal), 1)
-    t, h, w = x.shape[1] // temporal, H // patch_size, W // patch_size
-    x = x.view(B, t, temporal, C, h // merge, merge, patch_size, w // merge, merge, patch_size)
-    return x.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9).reshape(B * t * h * w, -1), torch.tensor([[t, h, w]] * B)
-
-# %% ../nbs/15_wan.ipynb #0c3688ae
-OWN_WORDING = ("Watch the video and judge it in three respects: how good its pictures are, how well it moves, and how well it shows what the sentence says.\n"
-               "Sentence: {prompt}\nPictures: <|VQ_reward|>\nMotion: <|MQ_reward|>\nSentence and video: <|TA_reward|>\n")
-REWARD_TOKENS = ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>")
-
-def question(template: str | Path | None) -> str:
-    """The wording of the question: text in the file `template`, with {prompt} and the three reward tokens in order; without a file our own, with a warning."""
-    if template is None:
-        warnings.warn("template: no file given, so the question is in our own wording; scores are not comparable with VideoReward's", stacklevel=2)
-        return OWN_WORDING
-    text = Path(template).read_text(encoding="utf-8")
-    places = [text.find(token) for token in REWARD_TOKENS]
-    if "{prompt}" not in text or min(places) < 0 or places != sorted(places):
-        raise ValueError(f"template: expected {{prompt}} and {', '.join(REWARD_TOKENS)}, in this order, in {template}")
-    return text
-
-# %% ../nbs/15_wan.ipynb #0fe5800e
-class VideoReward(nn.Module):
-    """A `RewardModel` around transformers' Qwen2VLModel: three tokens, one linear head, scores normalised by `mean` and `std` [3] (VideoAlign, 2501.13918).
-
-    pixels [B,T,3,H,W] in [0,1], any size -> {axis: [B]}, differentiable; frames are resized to `size`, multiples of 28. `model` has the reward tokens in its vocabulary.
-    """
-    axes = AXES
-
-    def __init__(self, model: nn.Module, head: nn.Linear, tokenizer, template: str, mean: Sequence[float], std: Sequence[float], size: tuple[int, int] = (336, 588)):
-        super().__init__()
-        self.model, self.head, self.tokenizer, self.template, self.size = model, head, tokenizer, template, size
-        if len(mean) != 3 or len(std) != 3 or not min(std) > 0:
-            raise ValueError(f"mean, std: expected three numbers each, std above 0, got {mean} and {std}")
-        if missing := [t for t in (*REWARD_TOKENS, "<|video_pad|>") if tokenizer.convert_tokens_to_ids(t) in (None, tokenizer.unk_token_id)]:
-            raise ValueError(f"tokenizer: expected the tokens {missing} in its vocabulary")
-        self.register_buffer("mean", torch.tensor(mean)); self.register_buffer("std", torch.tensor(std))
-
-# %% ../nbs/15_wan.ipynb #84bca85b
-@patch
-def tokens(self: VideoReward, prompts: list[str], video_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    "Token ids [B,L] and mask of video, question and prompt, padded on the right; `video_tokens` places stand for the clip."
-    texts = ["<|vision_start|>" + "<|video_pad|>" * video_tokens + "<|vision_end|>" + self.template.replace("{prompt}", prompt) for prompt in prompts]
-    made = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-    return made.input_ids.to(self.mean.device), made.attention_mask.to(self.mean.device)
-
-@patch
-def at_tokens(self: VideoReward, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    "Raw scores [B,3]: output i of the head at reward token i. ValueError if a token does not occur exactly once in every row."
-    wanted = torch.tensor(self.tokenizer.convert_tokens_to_ids(list(REWARD_TOKENS)), device=ids.device)
-    found = ids[:, None] == wanted[:, None]                                                         # [B,3,L]
-    if not (found.sum(-1) == 1).all():
-        raise ValueError(f"prompts: expected each of {', '.join(REWARD_TOKENS)} once in the question, a prompt must not contain them")
-    at = hidden[torch.arange(len(ids), device=ids.device)[:, None], found.int().argmax(-1)]         # [B,3,D]
-    return self.head(at.float()).diagonal(dim1=1, dim2=2)
-
-# %% ../nbs/15_wan.ipynb #c2f454cc
-@patch
-def forward(self: VideoReward, pixels: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
-    "Normalised scores {axis: [B]}, float32."
-    check_tensor("pixels", pixels, "B T C H W", B=len(prompts), C=3)
-    vision = self.model.config.vision_config
-    patches, grid = video_patches(pixels, self.size, vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
-    ids, mask = self.tokens(prompts, int(grid[0].prod()) // vision.spatial_merge_size ** 2)
-    positions = torch.arange(ids.shape[1], device=ids.device).expand(3, *ids.shape)                # 0, 1, 2, ... on all three axes, as published
-    hidden = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False,
-                        pixel_values_videos=patches.to(self.model.dtype), video_grid_thw=grid.to(ids.device)).last_hidden_state
-    return dict(zip(self.axes, ((self.at_tokens(ids, hidden) - self.mean) / self.std).unbind(1)))
-
-# %% ../nbs/15_wan.ipynb #91c7e16c
-def merge_lora(weights: dict[str, torch.Tensor], lora: dict[str, torch.Tensor], alpha: float, rank: int) -> dict[str, torch.Tensor]:
-    """`weights` with every pair NAME.lora_A / lora_B of `lora` added, W + alpha / rank B A. ValueError for a pair without its half or its weight."""
-    clean = {re.sub(r"^(base_model\.model\.)+", "", name).replace(".default.", "."): t for name, t in lora.items()}
-    merged = dict(weights)
-    for name in sorted({n.rsplit(".lora_", 1)[0] for n in clean if ".lora_" in n}):
-        a, b, target = clean.get(f"{name}.lora_A.weight"), clean.get(f"{name}.lora_B.weight"), f"{name}.weight"
-        if a is None or b is None or target not in merged:
-            raise ValueError(f"lora: expected lora_A, lora_B and a weight for {name}, one of them is missing")
-        merged[target] = merged[target] + (alpha / rank) * (b.float() @ a.float()).to(merged[target])
-    return merged
-
-def newest_checkpoint(folder: str | Path) -> Path:
-    """The checkpoint-N with the highest N in a folder; FileNotFoundError if there is none."""
-    found = [p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
-    if not found:
-        raise FileNotFoundError(f"folder: expected a checkpoint-N in {folder}, there is none")
-    return max(found, key=lambda p: int(p.name.split("-")[1]))
-
-# %% ../nbs/15_wan.ipynb #dc795767
-def normalisation(config: dict) -> tuple[list[float], list[float]]:
-    """Mean and std of VQ, MQ, TA from a model_config.json. ValueError names what is missing: with the wrong constants a reward is another reward."""
-    values = config.get("inference_config") or {}
-    if missing := [f"{axis}_{kind}" for axis in AXES for kind in ("mean", "std") if f"{axis}_{kind}" not in values]:
-        raise ValueError(f"model_config.json: expected {', '.join(missing)} in inference_config")
-    return [values[f"{axis}_mean"] for axis in AXES], [values[f"{axis}_std"] for axis in AXES]
-
-# %% ../nbs/15_wan.ipynb #96251f41
-def load_video_reward(folder: str | Path, base: str | Path, template: str | Path | None = None, dtype: torch.dtype = torch.bfloat16, size: tuple[int, int] = (336, 588)) -> VideoReward:
-    """The reward model in a checkpoint folder of VideoAlign, on top of the Qwen2-VL in `base`; gradients to pixels, none to weights."""
-    from transformers import AutoTokenizer, Qwen2VLModel                       # seconds to import, and needed here only
-    folder, checkpoint = Path(folder), newest_checkpoint(folder)
-    config = json.loads((folder / "model_config.json").read_text())
-    (mean, std), wording = normalisation(config), question(template)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(REWARD_TOKENS)}, replace_extra_special_tokens=False)
-    model = Qwen2VLModel.from_pretrained(base, dtype=torch.float32)
-    model.resize_token_embeddings(len(tokenizer))
-    head = nn.Linear(model.config.text_config.hidden_size, 3, bias=False)
-    model, head = with_checkpoint(model, head, checkpoint, config.get("peft_lora_config") or {})
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()       # its name before transformers 5
-    return VideoReward(model.to(dtype), head, tokenizer, wording, mean, std, size).eval().requires_grad_(False)
-
-# %% ../nbs/15_wan.ipynb #46cdfa90
-def with_checkpoint(model: nn.Module, head: nn.Linear, checkpoint: Path, lora: dict) -> tuple[nn.Module, nn.Linear]:
-    """Put the weights of a checkpoint-N into base model and head: model.pth, or adapter_model.safetensors and non_lora_state_dict.pth. ValueError for tensors that have no place."""
-    if (checkpoint / "model.pth").is_file():
-        tuned, pairs = read_weights(checkpoint / "model.pth"), {}
-    else:
-        tuned, pairs = read_weights(checkpoint / "non_lora_state_dict.pth"), read_weights(checkpoint / "adapter_model.safetensors")
-    plain = lambda name: re.sub(r"^(base_model\.model\.)+", "", name)                                     # without peft's wrappers
-    place = lambda name: re.sub(r"^model\.(?=language_model\.|visual\.)", "", re.sub(r"^model\.(?=layers|embed_tokens|norm)", "language_model.", name))
-    state = {f"body.{n}": t for n, t in model.state_dict().items()} | {"rm_head.weight": head.weight.data}
-    body = lambda name: name if name.startswith("rm_head") else f"body.{place(name)}"
-    new = {body(plain(n)): t for n, t in tuned.items() if not plain(n).startswith("lm_head")}
-    if unknown := sorted(new.keys() - state.keys()):
-        raise ValueError(f"checkpoint: {len(unknown)} tensors of {checkpoint} have no place in the model, such as {unknown[0]}")
-    merged = merge_lora(state | new, {body(plain(n)): t for n, t in pairs.items()}, lora.get("lora_alpha", 128), lora.get("lora_r", lora.get("r", 64)))
-    head.load_state_dict({"weight": merged.pop("rm_head.weight")})
-    model.load_state_dict({n.removeprefix("body."): t for n, t in merged.items()})
-    return model, head
-
-# %% ../nbs/15_wan.ipynb #60193d16
-def forward_flops(cfg: WanConfig, frames: int, context_frames: int = 0, clips: int = 1) -> float:
-    """Operations (2 per multiply-add) of one pass over `frames` latent frames that also see `context_frames` cached ones; formula of chapter 15."""
-    rows, columns = (n // p for n, p in zip(cfg.latent_size, cfg.patch_size[1:]))
-    tokens, d, text = frames // cfg.patch_size[0] * rows * columns, cfg.dim, cfg.text_len
-    seen = tokens + context_frames // cfg.patch_size[0] * rows * columns
-    layer = 8 * tokens * d * d + 4 * tokens * seen * d + 4 * tokens * d * d + 4 * text * d * d + 4 * tokens * text * d + 4 * tokens * d * cfg.ffn_dim
-    patch = cfg.patch_size[0] * cfg.patch_size[1] * cfg.patch_size[2]
-    ends = 2 * tokens * d * patch * (cfg.in_channels + cfg.out_channels) + 2 * text * d * (cfg.text_dim + d)
-    return clips * (cfg.num_layers * layer + ends)
-
-# %% ../nbs/15_wan.ipynb #20d0d067
-def rollout_flops(cfg: WanConfig, run: Distillation, calls: float | None = None, backward: float = 0.0) -> float:
-    """Operations of a rollout of `run.batch` clips: `calls` denoising calls per block (default: the mean over exit steps), the exit call counted 1 + `backward` times, one call to remember."""
-    calls, total, past = (1 + len(run.steps)) / 2 if calls is None else calls, 0.0, 0
-    for size in block_sizes(run.frames, run.frames_per_block):
-        seen = past if run.cache.window_frames is None else min(past, run.cache.window_frames - size)
-        total += (calls + 1 + backward) * forward_flops(cfg, size, seen, run.batch)
-        past += size
-    return total
-
-# %% ../nbs/15_wan.ipynb #092d301e
-@dataclass(frozen=True)
-class Budget:
-    """What one part of a training takes on each GPU."""
-    part: str
-    parameters: float          # of the whole part
-    weights: float             # bytes on one GPU
-    training: float            # bytes on one GPU for gradients, moments and average
-    work: float                # bytes on one GPU for activations and caches
-    flops: float               # operations of one step, over all GPUs
-
-    @property
-    def memory(self) -> float: return self.weights + self.training + self.work
-
-def parameter_count(cfg: WanConfig) -> int:
-    """Parameters of the transformer, counted without making it."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in WanTransformer(cfg).parameters())
-
-# %% ../nbs/15_wan.ipynb #61f3af8e
-def plan(run: Distillation, student: WanConfig, teacher: WanConfig, gpus: int = 1, width: int = 2, checkpointing: bool = True,
-         others: Sequence[tuple[str, float, float]] = (), offload: Sequence[str] = ()) -> list[Budget]:
-    """Memory and work of a training step per part. Weights are kept in float32 and sharded, computing is in `width` bytes; `others` are frozen parts whole on every GPU: name, parameters, operations per clip of the student's update. The weights of parts in `offload` are not on a GPU."""
-    if gpus < 1 or run.micro_batches % gpus:
-        raise ValueError(f"gpus: expected a divisor of micro_batches={run.micro_batches}, got {gpus}")
-    if unknown := set(offload) - {"teacher", *(name for name, *_ in others)}:
-        raise ValueError(f"offload: expected frozen parts, teacher or {', '.join(name for name, *_ in others)}, got {', '.join(sorted(unknown))}")
-    rows, columns = (n // p for n, p in zip(student.latent_size, student.patch_size[1:]))
-    kept = lambda cfg: (1 if checkpointing else 16) * cfg.num_layers * run.frames * rows * columns * cfg.dim * width * run.batch
-    cache = 2 * student.num_layers * run.frames * rows * columns * student.dim * width * run.batch
-    redo = 2 + checkpointing                                              # backward, in forward passes
-    whole = lambda cfg: forward_flops(cfg, run.frames, clips=run.batch)
-    m, sizes = run.micro_batches, [parameter_count(cfg) for cfg in (student, teacher, teacher)]
-    parts = [Budget("student", sizes[0], 4 * sizes[0] / gpus, 16 * sizes[0] / gpus, cache + kept(student),
-                    m * (run.critic_steps * rollout_flops(student, run) + rollout_flops(student, run, backward=redo))),
-             Budget("critic", sizes[1], 4 * sizes[1] / gpus, 12 * sizes[1] / gpus, kept(teacher), m * (run.critic_steps * (1 + redo) + 1) * whole(teacher)),
-             Budget("teacher", sizes[2], 4 * sizes[2] / gpus, 0.0, 0.0, m * 2 * whole(teacher))]
-    parts += [Budget(name, count, width * count, 0.0, 0.0, m * run.batch * flops) for name, count, flops in others]
-    return [replace(b, weights=0.0) if b.part in offload else b for b in parts]
-
-# %% ../nbs/15_wan.ipynb #20d31267
-FROZEN = (("text encoder", 5.68e9, 5.8e12), ("reward model", 2.21e9, 7.5e14), ("VAE", 0.127e9, 2.75e14))     # name, parameters, operations per clip of the student's update
-
-# %% ../nbs/15_wan.ipynb #88c65d99
-def check_memory(budget: Sequence[Budget], available: float) -> None:
-    """ValueError with the plan's figures if it needs more than `available` bytes of memory on a GPU."""
-    if (need := sum(b.memory for b in budget)) > available:
-        figures = ", ".join(f"{b.part} {b.memory / 2**30:.1f}" for b in budget)
-        raise ValueError(f"gpus: expected {need / 2**30:.1f} GiB of memory on each ({figures}), there are {available / 2**30:.1f}; take more GPUs, offload the teacher and the text encoder, or choose fewer frames")
 
 # %% ../nbs/15_wan.ipynb #872709e8
 class PromptFile(Sequence):

@@ -20,7 +20,8 @@ from streamr1_ref.conventions import load_tensors, read_mp4, save_tensors
 from streamr1_ref.fullscale import SMALL, random_codec, random_reward, random_text
 from streamr1_ref.train import PRESETS
 from streamr1_ref.transformer import WanTransformer
-from streamr1_ref.wan import OWN_WORDING, REWARD_TOKENS, PromptFile, load_video_reward, wan_models, with_checkpoint, word_tokenizer
+from streamr1_ref.video_reward import OWN_WORDING, REWARD_TOKENS, load_video_reward, with_checkpoint
+from streamr1_ref.wan import PromptFile, wan_models, word_tokenizer
 
 SIZE = replace(SMALL.net, text_len=512)
 SPECIALS = ("<|vision_start|>", "<|video_pad|>", "<|vision_end|>")
