@@ -63,6 +63,17 @@ class KVCache:
         self.open_frames = 0    # frames of the open block, the last ones in the store
         self.seen_past = 0      # frames that it sees besides itself
         self.let_go = 0         # frames that have left the window
+        self.seen_from = (0, 0) # the past that the open block sees: frames [0, first), and [second, where it begins)
+
+    def past(self, layer: int) -> list[torch.Tensor]:
+        """One layer's keys and values of all that the open block sees of the past, un-rotated.
+
+        Pieces [2,B,N,heads,d] that no later block changes, so that a backward pass can read them again. Nothing leaves
+        this cache, so they are parts of the store itself and cost no memory.
+        """
+        sink, start = self.seen_from
+        store = self.store[:, layer]
+        return [store[:, :, a:b].flatten(2, 3) for a, b in ((0, sink), (start, self.length - self.open_frames)) if b > a]
 
     @property
     def nbytes(self) -> int:
@@ -89,7 +100,7 @@ def open(self: KVCache, frames: int) -> None:
         self.length, self.let_go = self.length - excess, self.let_go + excess
     sink = min(S, self.length)
     start = sink if W is None else max(sink, self.length + frames - (W - S))      # where the window begins in the store
-    self.open_frames, self.seen_past = frames, sink + self.length - start
+    self.open_frames, self.seen_past, self.seen_from = frames, sink + self.length - start, (sink, start)
     with torch.no_grad():
         self.line_up(sink, start)
     self.length += frames
@@ -110,7 +121,7 @@ def line_up(self: KVCache, sink: int, start: int) -> None:
     "Fill the view with frames [0,sink) and [start,length) of the store, keys rotated by their place in it; make the tables for the block."
     device, dtype = self.store.device, torch.promote_types(self.store.dtype, torch.float32)
     places = lambda first, count: rotary_table(torch.arange(first, first + count, device=device), *self.grid, self.net.head_dim).to(dtype)
-    past = places(0, self.seen_past)
+    past = self.past_table = places(0, self.seen_past)
     self.query_table, self.key_table = places(self.query_start(), self.open_frames), places(self.seen_past, self.open_frames)
     for view, store in zip(self.view.unbind(1), self.store.unbind(1)):         # layer by layer: rotating needs room for copies
         keys, values = torch.cat([store[:, :, :sink], store[:, :, start:self.length]], 2).flatten(2, 3)
@@ -118,18 +129,24 @@ def line_up(self: KVCache, sink: int, start: int) -> None:
 
 # %% ../nbs/05_sink_cache.ipynb #51404849
 class LayerMemory:
-    """One layer's share of a `KVCache` during one call: keys and values of the open block [B,N,heads,d] -> all that it sees."""
+    """One layer's share of a `KVCache` in one call: keys and values of the open block [B,N,heads,d] -> all that it sees."""
     def __init__(self, cache: KVCache, layer: int):
         n = cache.frame_tokens
-        self.first, self.table = cache.seen_past * n, cache.key_table
+        self.first, self.table, self.past_table = cache.seen_past * n, cache.key_table, cache.past_table
         self.seen = cache.view[:, layer, :, :self.first + cache.open_frames * n]
         self.own = cache.store[:, layer, :, cache.length - cache.open_frames:cache.length]
-        self.past = self.seen[:, :, :self.first].clone() if torch.is_grad_enabled() else None     # later blocks overwrite the view
+        self.past = cache.past(layer) if torch.is_grad_enabled() else None
 
     def __call__(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        "Without gradients the block is remembered, in place of what an earlier call remembered for it; with gradients nothing is written."
+        """Keys [B,M,heads,d], rotated, and values alike of all that the open block sees, its own `k` and `v` at the end.
+
+        Without gradients the block is remembered, in place of what an earlier call remembered for it; with gradients
+        nothing is written, and the past is rotated anew, also when a backward pass repeats the call.
+        """
         if k.requires_grad or v.requires_grad:
-            return tuple(torch.cat([past, own], 1) for past, own in zip(self.past, (rotate(k, self.table), v)))
+            self.seen = self.own = None                      # else a graph would keep the whole view alive
+            past_k, past_v = torch.cat(self.past, 2) if self.past else (k[:, :0], v[:, :0])
+            return torch.cat([rotate(past_k, self.past_table), rotate(k, self.table)], 1), torch.cat([past_v, v], 1)
         for own, seen, value, shown in zip(self.own, self.seen, (k, v), (rotate(k, self.table), v)):
             own.copy_(value.unflatten(1, own.shape[1:3]))
             seen[:, self.first:].copy_(shown)
@@ -146,12 +163,16 @@ def recall(self: KVCache, batch: int, frames: int, grid: tuple[int, int]) -> tup
 
 # %% ../nbs/05_sink_cache.ipynb #5c11e742
 class SlidingWindowCache(KVCache):
-    """Lets the oldest frames behind the sink go. Without a sink: a plain sliding window; with one: the static sink of StreamingLLM."""
+    """Lets the oldest frames behind the sink go: a plain sliding window, or with a sink the static one of StreamingLLM."""
     def evict(self, excess: int) -> None:
         "Move the window `excess` frames to the left, in pieces that do not overlap their target: no temporary copy."
         for i in range(self.cfg.num_sink, self.length - excess, excess):
             piece = min(excess, self.length - excess - i)
             self.store[:, :, :, i:i + piece] = self.store[:, :, :, i + excess:i + excess + piece]
+
+    def past(self, layer: int) -> list[torch.Tensor]:
+        "As in `KVCache`, but copies: later blocks move what lies in the store."
+        return [piece.clone() for piece in super().past(layer)]
 
 # %% ../nbs/05_sink_cache.ipynb #bc28327f
 class EMASinkCache(SlidingWindowCache):
