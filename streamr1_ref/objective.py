@@ -65,6 +65,7 @@ class Weighting:
     self_normalise: bool = False       # divide the weights by their mean over the batch
     spatial: bool = True               # intra-perplexity: weights per region ...
     temporal: bool = True              # ... and per frame
+    saliency: Literal["pixels", "patches", "published"] = "pixels"     # what the reward is differentiated by
     fusion: str = "adaptive"           # of the axes' saliency maps
     temperature: float = 1.0
     spatial_floor: float = 0.15
