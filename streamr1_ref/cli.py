@@ -384,6 +384,7 @@ def embed_command(preset: Literal[tuple(NETWORKS)] = "wan-1.3b", text_cache: str
     absent = text.missing(mine)
     print(f"{len(mine) - len(absent)} of {len(mine)} embeddings are in {text_cache}; the others take {text.nbytes_of(absent) / 1e9:.3f} GB")
     if absent:
+        writable_folder(text_cache, needs=text.nbytes_of(absent))                   # before minutes of loading
         made = embed_prompts(load_text(base, device, run.compute_dtype, text_cache, truncate=True), absent, batch, rank == 0)
         print(f"wrote {made} embeddings to {text_cache}")
 
