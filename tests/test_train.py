@@ -428,3 +428,23 @@ def test_a_preset_on_the_command_line_sets_the_defaults_and_flags_win():
     made = tyro.cli(cli.train_command(cli.preset_of(args)).__annotations__["run"], args=args)
     assert made.preset == "stream-r1" and made.teacher == "weights/wan-1.3b" and made.critic == "weights/wan-1.3b"
     assert made.distillation == PRESETS["stream-r1"].distillation and made.weighting.saliency == "published"
+
+
+def test_processes_of_a_machine_load_one_after_the_other(tmp_path):
+    script = tmp_path / "turns.py"
+    script.write_text("""
+import sys, time
+import torch.distributed as dist
+from streamr1_ref.train import in_turn, start_processes
+mesh = start_processes()
+with in_turn(mesh):
+    began = time.time()
+    time.sleep(0.5)
+    ended = time.time()
+open(f"{sys.argv[1]}/turn-{mesh.get_rank()}", "w").write(f"{began} {ended}")
+dist.destroy_process_group()
+""")
+    done = run([*TORCHRUN, str(script), str(tmp_path)])
+    assert done.returncode == 0, done.stderr[-2000:]
+    (_, first), (second, _) = (map(float, (tmp_path / f"turn-{rank}").read_text().split()) for rank in range(2))
+    assert first <= second

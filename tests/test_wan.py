@@ -306,3 +306,14 @@ def test_a_negative_prompt_that_is_too_long_is_refused_before_anything_is_loaded
     monkeypatch.setattr(cli.WanRun, "models", lambda self: pytest.fail("models were loaded"))
     with pytest.raises(ValueError, match="distillation.negative_prompt: prompts: expected at most 512 tokens, got 601"):
         cli.train(run)
+
+
+def test_weights_with_nan_are_refused_before_training_and_before_video(downloads, tmp_path):
+    """They used to load in silence."""
+    weights = load_tensors(downloads / "student.safetensors")[0]
+    weights["head.head.bias"][0] = math.nan
+    save_tensors(tmp_path / "nan.safetensors", weights)
+    with pytest.raises(ValueError, match="path: expected finite weights in .*nan.safetensors, head.head.bias has others"):
+        cli.train(wan_run(downloads, tmp_path, student=str(tmp_path / "nan.safetensors"), method="DMD"))
+    with pytest.raises(ValueError, match="path: expected finite weights in .*nan.safetensors, head.head.bias has others"):
+        wan_video(downloads, checkpoint=str(tmp_path / "nan.safetensors")).load()
