@@ -1,6 +1,8 @@
 """What a reader of the conventions notebook need not see."""
-import multiprocessing
 import os
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -28,22 +30,29 @@ def test_progress_is_silent_when_static(monkeypatch):
     assert not progress(range(2), "x").disable
 
 
-def _write_forever(path):
-    while True:
-        save_tensors(path, {"w": torch.full((200_000,), float(os.getpid()))})
+WRITE_FOREVER = """
+import itertools, sys, torch
+from streamr1_ref.conventions import save_tensors
+for value in itertools.count(1):
+    save_tensors(sys.argv[1], {"w": torch.full((2_000_000,), float(value))})
+"""
 
 
 def test_a_killed_writer_leaves_a_whole_file(tmp_path):
     path = tmp_path / "w.safetensors"
-    save_tensors(path, {"w": torch.zeros(200_000)})
-    for delay in (0.3, 0.5, 0.7):
-        process = multiprocessing.get_context("fork").Process(target=_write_forever, args=(path,))
-        process.start()
-        process.join(delay)
+    save_tensors(path, {"w": torch.zeros(2_000_000)})
+    for delay in (0.003, 0.007, 0.013):                   # a write takes about this long
+        before = path.stat().st_mtime_ns
+        process = subprocess.Popen([sys.executable, "-c", WRITE_FOREVER, str(path)])
+        deadline = time.monotonic() + 60
+        while path.stat().st_mtime_ns == before and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(delay)
         process.kill()
-        process.join()
+        process.wait()
         values = load_tensors(path)[0]["w"]
-        assert len(values) == 200_000 and (values == values[0]).all()
+        assert values[0] > 0, "nothing was written before the kill"
+        assert len(values) == 2_000_000 and (values == values[0]).all()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
