@@ -92,7 +92,7 @@ def test_the_ema_sink_takes_up_each_leaving_frame_once(blocks, sink, alpha):
 
 
 def test_without_eviction_the_sink_stays_and_attention_sees_the_same_window():
-    """errata.md 1: equal to a static sink to the last bit, because nothing leaves."""
+    """Erratum 1: equal to a static sink to the last bit, because nothing leaves."""
     frozen, static = run(CacheConfig(alpha=0.5), [3] * 7, evict=False, frames=21), run(CacheConfig(sink="static"), [3] * 7)
     assert frames_in(frozen) == list(map(float, range(21)))
     assert torch.equal(frozen.view, static.view)

@@ -57,7 +57,7 @@ def test_published_training_rollout(golden, name):
 
 
 def test_published_training_differs_from_inference_from_the_fourth_block_on(golden):
-    """errata.md 1: the EMA sink moves at inference only."""
+    """Erratum 1: the EMA sink moves at inference only."""
     tensors, info, net, cache, renoise = published(golden, "rollout_inference")
     args = (net, tensors["noise"], tensors["prompt_embeds"], FlowSchedule(), info["step_list"], [3], 3)
     frozen, static, moving = (self_forcing_rollout(*args, cache=c, evict=e, renoise=renoise).latents
