@@ -511,7 +511,7 @@ def film(pipe: StreamR1Pipeline, path: Path, sentence: str, seconds: float, seed
             first.append(perf_counter() - began)
             yield frame
 
-    write_mp4(path, shown(), pipe.fps, enlarge, threads=0)
+    write_mp4(path, shown(), pipe.fps, enlarge)
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {"file": path.name, "prompt": sentence, "seconds": seconds, "frames": frames, "seed": seed, "enlarge": enlarge, "steps": list(s.steps), "frames_per_block": s.frames_per_block,
             "cache": asdict(s.cache), "dtype": str(next(s.net.parameters()).dtype).removeprefix("torch."), "torch": torch.__version__, "machine": machine,
