@@ -28,10 +28,10 @@ from .wan import read_weights
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'REWARD_TOKENS', 'VIDEO_PLACE', 'OWN_WORDING', 'SIZE_LIMITS', 'RewardInput',
            'StraightThrough', 'to_eight_bits', 'prepare_frames', 'video_patches', 'frames_kept', 'frame_size',
            'check_question', 'question', 'in_chat', 'Question', 'vision_rotary', 'vision_layer', 'vision_tower',
-           'exact_rotary', 'recompute_layers', 'QwenStates', 'check_reward_settings', 'record_of', 'VideoReward',
-           'offline_scores', 'merge_lora', 'newest_checkpoint', 'read_settings', 'normalisation', 'our_name',
-           'check_weight', 'checkpoint_files', 'check_complete', 'read_checkpoint', 'with_checkpoint', 'check_base',
-           'reward_tokenizer', 'load_base', 'load_video_reward']
+           'exact_rotary', 'recompute_layers', 'QwenStates', 'check_reward_settings', 'check_range', 'VideoReward',
+           'record_of', 'offline_scores', 'merge_lora', 'newest_checkpoint', 'read_settings', 'normalisation',
+           'our_name', 'check_weight', 'checkpoint_files', 'check_complete', 'read_checkpoint', 'with_checkpoint',
+           'check_base', 'reward_tokenizer', 'load_base', 'load_video_reward']
 
 # %% ../nbs/15a_video_reward.ipynb #db10402a
 CLIP_MEAN, CLIP_STD = (
@@ -71,7 +71,7 @@ class RewardInput:
 
 # %% ../nbs/15a_video_reward.ipynb #a2bba45e
 class StraightThrough(torch.autograd.Function):
-    """Levels of 1/255 forwards, the identity backwards: to_levels(x, "floor" or "round")."""
+    """The levels of a byte forwards, the identity backwards: apply(x, "floor" or "round")."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, rounding: str) -> torch.Tensor:
@@ -109,9 +109,7 @@ def prepare_frames(
         raise ValueError(
             f"pixels: expected at least 2 frames with odd_frame={how.odd_frame!r}, got {T}"
         )
-    scale = (
-        255 if how.eight_bits == "round" else 1
-    )  # files are resized as bytes: exact in the last bit
+    scale = 255 if how.eight_bits == "round" else 1  # files are resized as bytes, to the last bit
     frames = pixels.flatten(0, 1) * scale
     if size is not None and tuple(size) != tuple(frames.shape[-2:]):
         frames = F.interpolate(frames, size=tuple(size), mode="bicubic", antialias=True)
@@ -144,9 +142,8 @@ def video_patches(
     x = ((frames - mean) / std).view(
         B, t, temporal, C, h // merge, merge, patch_size, w // merge, merge, patch_size
     )
-    return x.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9).reshape(B * t * h * w, -1), torch.tensor(
-        [[t, h, w]] * B
-    )
+    patches = x.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9).reshape(B * t * h * w, -1)
+    return patches, torch.tensor([[t, h, w]] * B)
 
 # %% ../nbs/15a_video_reward.ipynb #9ad75451
 def frames_kept(
@@ -232,16 +229,13 @@ def question(template: str | Path | None) -> str:
     if template is None:
         warnings.warn(
             "template: no file given, so the question is in our own wording; scores are not "
-            "comparable with "
-            "VideoReward's",
+            "comparable with VideoReward's",
             stacklevel=2,
         )
         return OWN_WORDING
     if not Path(template).is_file():
-        raise FileNotFoundError(
-            f"template: expected a text file with the checkpoint's question, {template} does not "
-            "exist"
-        )
+        said = "template: expected a text file with the checkpoint's question"
+        raise FileNotFoundError(f"{said}, {template} does not exist")
     try:
         return check_question(Path(template).read_text(encoding="utf-8"), template)
     except UnicodeDecodeError as error:
@@ -264,15 +258,13 @@ def in_chat(text: str, tokenizer) -> str:
         if "<|im_start|>" in tokenizer.get_vocab():
             raise ValueError(
                 "tokenizer: expected a chat template, as in Qwen2-VL's tokenizer_config.json or "
-                "chat_template.json, "
-                "got none; VideoReward is asked inside it"
+                "chat_template.json, got none; VideoReward is asked inside it"
             )
         return text
     if not text.startswith("{video}"):
         raise ValueError(
             f"template: expected {{video}} first, as in Qwen2-VL's chat template, got "
-            f"{text[:30]!r}; "
-            "or write the turns yourself, with <|im_start|>"
+            f"{text[:30]!r}; or write the turns yourself, with <|im_start|>"
         )
     turn = [{"type": "video"}, {"type": "text", "text": text.removeprefix("{video}")}]
     whole = tokenizer.apply_chat_template(
@@ -465,12 +457,8 @@ def check_reward_settings(
     Means and stds are three finite numbers each, stds above 0; height and width must be multiples
     of 28 pixels.
     """
-    if (
-        len(mean) != 3
-        or len(std) != 3
-        or not all(map(math.isfinite, [*mean, *std]))
-        or not min(std) > 0
-    ):
+    finite = all(map(math.isfinite, [*mean, *std]))
+    if len(mean) != 3 or len(std) != 3 or not finite or not min(std) > 0:
         raise ValueError(
             f"mean, std: expected three finite numbers each, std above 0, got {mean} and {std}"
         )
@@ -478,22 +466,16 @@ def check_reward_settings(
         raise ValueError(f"size: expected height and width in multiples of 28, got {size}")
 
 
-def record_of(question: str, size: tuple[int, int], how: RewardInput, dtype: torch.dtype) -> dict:
-    """What a score depends on beside clip, prompt and weights, as values that JSON can hold.
+def check_range(pixels: torch.Tensor) -> torch.Tensor:
+    """`pixels` themselves, if they can be meant to lie in [0,1]; else ValueError with their range.
 
-    It is to be written beside the score. `resized_again` says that the published processor would
-    resize such small or large frames a second time, by its picture library, with limits of 56 x 56
-    and 1280 x 28 x 28 pixels; this code never does.
+    A resize or a linear decoder may overshoot by a half, bytes and pixels in [-1,1] go further.
     """
-    small, large = 56 * 56, 1280 * 28 * 28
-    return {
-        "size": list(size), "frames": "all", **asdict(how),
-        "resized_again": not small <= size[0] * size[1] <= large,
-        "dtype": str(dtype).removeprefix("torch."), "head_dtype": "float32", "overall": "mean",
-        "chat": "<|im_start|>" in question,
-        "own_wording": OWN_WORDING.removeprefix("{video}") in question,
-        "question": hashlib.sha256(question.encode()).hexdigest()[:16],
-    }
+    if pixels.numel() and not pixels.is_meta:
+        low, high = (end.item() for end in pixels.detach().aminmax())
+        if low < -0.5 or high > 1.5:
+            raise ValueError(f"pixels: expected values in [0,1], got {low:.2f} to {high:.2f}")
+    return pixels
 
 # %% ../nbs/15a_video_reward.ipynb #01787157
 class VideoReward(QwenStates):
@@ -522,7 +504,7 @@ class VideoReward(QwenStates):
 
     def to_patches(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         "Patches [B·t·h·w, 1176] in the order of 2 x 2 blocks, and their grid [B,3]."
-        return video_patches(pixels, self.size, how=self.reward_input)
+        return video_patches(check_range(pixels), self.size, how=self.reward_input)
 
     def at_tokens(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         "Raw scores [B,3]: output i of the head at reward token i."
@@ -543,9 +525,27 @@ class VideoReward(QwenStates):
 
     def record(self) -> dict:
         "What these scores depend on beside clip, prompt and weights, to be written beside them."
-        return record_of(self.question.text, self.size, self.reward_input, self.model.dtype)
+        return record_of(self, self.size, self.reward_input)
 
-# %% ../nbs/15a_video_reward.ipynb #331dc946
+# %% ../nbs/15a_video_reward.ipynb #268b8c8f
+def record_of(model: VideoReward, size: tuple[int, int], how: RewardInput) -> dict:
+    """What a score depends on beside clip, prompt and weights, as values that JSON can hold.
+
+    It is to be written beside the score. `resized_again` says that the published processor would
+    resize such small or large frames a second time, by its picture library, with limits of 56 x 56
+    and 1280 x 28 x 28 pixels; this code never does.
+    """
+    small, large, text = 56 * 56, 1280 * 28 * 28, model.question.text
+    dtypes = [str(part.dtype).removeprefix("torch.") for part in (model.model, model.head.weight)]
+    return {
+        "size": list(size), "frames": "all", **asdict(how),
+        "resized_again": not small <= size[0] * size[1] <= large,
+        "dtype": dtypes[0], "head_dtype": dtypes[1], "overall": "mean",
+        "chat": "<|im_start|>" in text, "own_wording": OWN_WORDING.removeprefix("{video}") in text,
+        "question": hashlib.sha256(text.encode()).hexdigest()[:16],
+    }
+
+# %% ../nbs/15a_video_reward.ipynb #94cee387
 @torch.no_grad()
 def offline_scores(
     model: VideoReward, pixels: torch.Tensor, video_fps: float, prompts: list[str],
@@ -560,11 +560,12 @@ def offline_scores(
     _, T, _, H, W = check_tensor("pixels", pixels, "B T C H W", B=len(prompts), C=3).shape
     kept, size = frames_kept(T, video_fps, fps), frame_size(H, W, max_pixels, min_pixels)
     how = RewardInput(eight_bits="round")
-    scores = model.score_patches(*video_patches(pixels[:, kept], size, how=how), prompts)
-    record = record_of(model.question.text, size, how, model.model.dtype)
+    patches, grid = video_patches(check_range(pixels[:, kept]), size, how=how)
+    scores = model.score_patches(patches, grid, prompts)
+    record = record_of(model, size, how)
     return scores, record | {"frames": f"{len(kept)} of {T}, {fps:g} a second"}
 
-# %% ../nbs/15a_video_reward.ipynb #ed6e0b42
+# %% ../nbs/15a_video_reward.ipynb #c5cc1da5
 def merge_lora(
     weights: dict[str, torch.Tensor], lora: dict[str, torch.Tensor], alpha: float, rank: int
 ) -> dict[str, torch.Tensor]:
@@ -598,7 +599,7 @@ def merge_lora(
         )
     return merged
 
-# %% ../nbs/15a_video_reward.ipynb #50fbca76
+# %% ../nbs/15a_video_reward.ipynb #4f3cbcc4
 def newest_checkpoint(folder: str | Path) -> Path:
     """The checkpoint-N with the highest N in a folder; FileNotFoundError if there is none."""
     found = [p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
@@ -622,7 +623,7 @@ def read_settings(path: str | Path) -> dict:
         )
     return found
 
-# %% ../nbs/15a_video_reward.ipynb #cb7abfbb
+# %% ../nbs/15a_video_reward.ipynb #0a3a839e
 def normalisation(config: dict) -> tuple[list[float], list[float]]:
     """Mean and std of VQ, MQ, TA from a model_config.json.
 
@@ -646,7 +647,7 @@ def normalisation(config: dict) -> tuple[list[float], list[float]]:
             )
     return [values[name] for name in names[:3]], [values[name] for name in names[3:]]
 
-# %% ../nbs/15a_video_reward.ipynb #15cf41b3
+# %% ../nbs/15a_video_reward.ipynb #4e3722db
 def our_name(name: str) -> str:
     """The name in our model of a published checkpoint's tensor, without peft's wrappers.
 
@@ -685,7 +686,7 @@ def check_weight(
         raise ValueError(f"{said}finite values")
     return tensor
 
-# %% ../nbs/15a_video_reward.ipynb #beb16401
+# %% ../nbs/15a_video_reward.ipynb #0c429b28
 def checkpoint_files(checkpoint: Path) -> list[Path]:
     """The files of weights in a checkpoint-N: model.pth, or adapter and other weights.
 
@@ -723,7 +724,7 @@ def check_complete(names: set[str], pairs: set[str], state: set[str], checkpoint
             f"checkpoint: {len(missing)} tensors are missing in {checkpoint}, such as {missing[0]}"
         )
 
-# %% ../nbs/15a_video_reward.ipynb #4fafe637
+# %% ../nbs/15a_video_reward.ipynb #4697efd2
 def read_checkpoint(checkpoint: Path, shapes: dict[str, torch.Size]) -> tuple[dict, dict]:
     """Weights and LoRA pairs in the files of a checkpoint-N: two dicts of tensors by our names.
 
@@ -750,7 +751,7 @@ def read_checkpoint(checkpoint: Path, shapes: dict[str, torch.Size]) -> tuple[di
                              f"model, such as {unknown[0]}")
     return new, pairs
 
-# %% ../nbs/15a_video_reward.ipynb #bebec543
+# %% ../nbs/15a_video_reward.ipynb #99c03d3c
 def with_checkpoint(model: nn.Module, head: nn.Linear, checkpoint: Path,
                     lora: dict) -> tuple[nn.Module, nn.Linear]:
     """Base model and head with the weights of a checkpoint-N put in, in place; any of the layouts.
@@ -775,7 +776,7 @@ def with_checkpoint(model: nn.Module, head: nn.Linear, checkpoint: Path,
     model.load_state_dict(merged)
     return model, head
 
-# %% ../nbs/15a_video_reward.ipynb #4a5d2a2c
+# %% ../nbs/15a_video_reward.ipynb #ed9104c6
 SIZE_LIMITS = {
     "num_hidden_layers": 200, "depth": 200, "hidden_size": 65_536, "intermediate_size": 262_144,
     "embed_dim": 65_536, "vocab_size": 2_000_000, "num_attention_heads": 1024,
@@ -801,7 +802,7 @@ def check_base(base: str | Path) -> Path:
                 )
     return Path(base)
 
-# %% ../nbs/15a_video_reward.ipynb #2fdf888e
+# %% ../nbs/15a_video_reward.ipynb #4ece07f3
 def reward_tokenizer(base: str | Path):
     """Qwen2-VL's tokenizer in the folder `base`, with VQ, MQ and TA appended in this order.
 
@@ -817,7 +818,7 @@ def reward_tokenizer(base: str | Path):
     )
     return tokenizer
 
-# %% ../nbs/15a_video_reward.ipynb #50cfdc89
+# %% ../nbs/15a_video_reward.ipynb #e5a7d70e
 def load_base(base: str | Path, vocabulary: int) -> nn.Module:
     """The Qwen2VLModel in the folder `base`, in float32, with an embedding of `vocabulary` tokens.
 
@@ -844,7 +845,7 @@ def load_base(base: str | Path, vocabulary: int) -> nn.Module:
     model.resize_token_embeddings(vocabulary)
     return model
 
-# %% ../nbs/15a_video_reward.ipynb #89185667
+# %% ../nbs/15a_video_reward.ipynb #0cc7fd7d
 def load_video_reward(
     folder: str | Path, base: str | Path, template: str | Path | None = None,
     dtype: torch.dtype = torch.bfloat16, size: tuple[int, int] = (336, 588),
