@@ -123,12 +123,18 @@ def check_files(needed: Mapping[str, str | Path]) -> None:
 class Sizes:
     """Configurations of all parts of a full-scale run; the defaults are Wan2.1 1.3B, UMT5-XXL and Qwen2-VL-2B."""
     net: WanConfig = field(default_factory=WanConfig.wan_1_3b)
-    text: dict = field(default_factory=lambda: dict(vocab_size=256384, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"))    # transformers' UMT5Config
-    vae: dict = field(default_factory=dict)                                                                                                    # diffusers' AutoencoderKLWan
-    judge: dict = field(default_factory=lambda: dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
-                                                     vocab_size=151936, sections=(16, 24, 24)))                                                 # Qwen2VLConfig, its text
-    eyes: dict = field(default_factory=lambda: dict(depth=32, embed_dim=1280, num_heads=16, mlp_ratio=4))                                       # ... and its vision
-    reward_size: tuple[int, int] = (336, 588)                                                                                                  # pixels that it sees
+    text: dict = field(default_factory=lambda: dict(             # transformers' UMT5Config
+        vocab_size=256384, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"))
+    vae: dict = field(default_factory=dict)                      # diffusers' AutoencoderKLWan
+    judge: dict = field(default_factory=lambda: dict(            # Qwen2VLConfig, its text ...
+        hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+        num_key_value_heads=2, vocab_size=151936, sections=(16, 24, 24)))
+    eyes: dict = field(default_factory=lambda: dict(             # ... and its vision
+        depth=32, embed_dim=1280, num_heads=16, mlp_ratio=4))
+    reward_size: tuple[int, int] = (336, 588)                    # pixels that it sees
+
+    def __hash__(self) -> int:                                   # dicts have none; equal sizes read the same
+        return hash(repr(self))
 
 # %% ../nbs/15b_full_scale.ipynb #2808ccde
 SMALL = Sizes(WanConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=32, text_len=16, freq_dim=32, latent_size=(4, 6)),
