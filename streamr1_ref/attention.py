@@ -101,9 +101,12 @@ def why_not(backend: str, device: torch.device | str) -> str | None:
         return "the package flash-attn is not installed: pip install streamr1_ref[gpu]"
     return None
 
-def set_attention(net: nn.Module, backend: str) -> nn.Module:
-    """Let all attention layers of `net` use the kernel `backend`; returns `net`. ValueError with the reason if it cannot run here."""
-    if reason := why_not(backend, next(net.parameters()).device):
+def set_attention(net: nn.Module, backend: str, device: torch.device | str | None = None) -> nn.Module:
+    """Let all attention layers of `net` use the kernel `backend`; returns `net`.
+
+    `device` is where it will compute, by default where its weights are. ValueError with the reason if it cannot run there.
+    """
+    if reason := why_not(backend, device or next(net.parameters()).device):
         raise ValueError(f"backend: {reason}")
     for layer in net.modules():
         if isinstance(layer, Attention):

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import deque
 
 import torch
-from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['imbalance', 'AdaptiveBalance']
@@ -22,17 +21,21 @@ def imbalance(history: torch.Tensor) -> float:
 
 # %% ../nbs/11_adaptive_balancing.ipynb #c9896ec0
 class AdaptiveBalance:
-    """Subtracts `weight` times the axes' imbalance over the last `window` steps from the mean reward (Stream-R1, 2605.03849, sec. 3)."""
+    """Subtracts `weight` times the axes' imbalance over the last `window` steps from the mean reward (2605.03849, sec. 3).
+
+    `preview` says what a step's rewards lead to; `update` says the same and enters them into the window. A training
+    calls `preview` to scale its gradient and `update` once the step has succeeded.
+    """
     def __init__(self, weight: float = 0.5, window: int = 50, warmup: int = 50):
         if weight < 0 or window < 2 or warmup < 2:
             raise ValueError(f"weight, window, warmup: expected at least 0, 2 and 2, got {weight}, {window}, {warmup}")
         self.weight, self.window, self.warmup = weight, window, warmup
         self.history, self.count, self.axes = deque(maxlen=window), 0, None
 
-    def update(self, rewards: dict[str, torch.Tensor | float]) -> tuple[torch.Tensor, float]:
-        """Rewards of one step by axis, numbers or [B] -> (final reward alike, penalty). A batch enters the window as its mean.
+    def preview(self, rewards: dict[str, torch.Tensor | float]) -> tuple[torch.Tensor, float]:
+        """Rewards of one step by axis, numbers or [B] -> (final reward alike, penalty); nothing is remembered.
 
-        ValueError, with the window untouched, for other axes than before or rewards that are not finite.
+        A batch counts as its mean. ValueError for other axes than before or rewards that are not finite.
         """
         values = {axis: torch.as_tensor(r, dtype=torch.float64) for axis, r in rewards.items()}
         if len(values) < 2 or self.axes is not None and tuple(values) != self.axes:
@@ -40,19 +43,23 @@ class AdaptiveBalance:
         for axis, r in values.items():
             if not r.isfinite().all():
                 raise ValueError(f"rewards: expected finite values, got {r.tolist()} for {axis} at step {self.count}")
-        self.axes, self.count = tuple(values), self.count + 1
-        self.history.append([r.mean().item() for r in values.values()])
-        penalty = imbalance(torch.tensor(list(self.history), dtype=torch.float64)) if self.count >= self.warmup else 0.0
+        history = deque([*self.history, [r.mean().item() for r in values.values()]], maxlen=self.window)
+        warm = self.count + 1 >= self.warmup
+        penalty = imbalance(torch.tensor(list(history), dtype=torch.float64)) if warm else 0.0
         return torch.stack(list(values.values())).mean(0) - self.weight * penalty, penalty
 
-# %% ../nbs/11_adaptive_balancing.ipynb #509d09e0
-@patch
-def state_dict(self: AdaptiveBalance) -> dict:
-    "All that `load_state_dict` needs to go on."
-    return {"history": [list(row) for row in self.history], "count": self.count, "axes": self.axes}
+    def update(self, rewards: dict[str, torch.Tensor | float]) -> tuple[torch.Tensor, float]:
+        "As `preview`, and the rewards enter the window; if they are refused it stays as it was."
+        result = self.preview(rewards)
+        self.axes, self.count = tuple(rewards), self.count + 1
+        self.history.append([torch.as_tensor(r, dtype=torch.float64).mean().item() for r in rewards.values()])
+        return result
 
-@patch
-def load_state_dict(self: AdaptiveBalance, state: dict) -> None:
-    "Go on where `state_dict` was taken."
-    self.history, self.count = deque(state["history"], maxlen=self.window), state["count"]
-    self.axes = None if state["axes"] is None else tuple(state["axes"])
+    def state_dict(self) -> dict:
+        "All that `load_state_dict` needs to go on."
+        return {"history": [list(row) for row in self.history], "count": self.count, "axes": self.axes}
+
+    def load_state_dict(self, state: dict) -> None:
+        "Go on where `state_dict` was taken."
+        self.history, self.count = deque(state["history"], maxlen=self.window), state["count"]
+        self.axes = None if state["axes"] is None else tuple(state["axes"])

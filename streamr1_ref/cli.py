@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from .fullscale import PRESETS as SIZES_FOR_BENCH
 from .fullscale import (DOWNLOADS, TRAINING, Sizes, ask_hub, check_files, count, download, random_codec, random_models, random_pipeline, score_videos, video_name,
                                     write_table)
 from .evaluate import Ablation, ablate, collect_logs, distil, measure, pipeline_of
-from .objective import METHODS, Distillation, Distiller, Models, judge_rollouts, tiny_models
+from .objective import METHODS, Distillation, Distiller, Models, judge_rollouts, prompt_numbers, tiny_models
 from .pipeline import StreamR1Pipeline
 from .reward import RewardTrainer, RewardTraining, calibrate, load_reward, pair_accuracy, save_reward
 from .rollout import (Stream, StreamSampler, StudentTrainer, StudentTraining, drift, load_ode_pairs, load_student, make_ode_pairs,
@@ -45,22 +45,23 @@ from .rollout import (Stream, StreamSampler, StudentTrainer, StudentTraining, dr
 from .saliency import pixel_saliency
 from .teacher import (TeacherTraining, codec_floor, evaluate_teacher, load_teacher, run_training, save_teacher, seeded, tiny_codec,
                                   train_teacher)
-from .train import PRESETS, TrainConfig, Trainer, shard, start_processes
+from .train import PRESETS, TrainConfig, Trainer, all_or_none, shard, start_processes
 from .transformer import WanConfig, WanTransformer, load_wan_weights
 from .video_reward import load_video_reward
-from .wan import (SIZES, PromptFile, config_of, convert, latent_size_of, model_size, official,
-                              read_weights, wan_models, wan_pipeline)
+from .wan import (NETWORKS, SIZES, PromptFile, UMT5Text, compile_blocks, config_of, convert, embed_prompts,
+                              latent_size_of, load_text, model_size, official, read_weights, wan_models, wan_pipeline)
 from .world import Oracle, caption_split, mixed_clips, sample_clips
 
 # %% auto #0
-__all__ = ['RUNS', 'PARTS', 'ROLLOUT', 'STEP', 'WAN', 'WAN_STEP', 'COMMANDS', 'curves_figure', 'saliency_figure', 'write_clips',
-           'demo', 'before_and_after', 'TinyRun', 'WanRun', 'gpu_memory', 'train', 'with_method', 'plan_command',
-           'convert_command', 'WanVideo', 'place_process', 'generate', 'film', 'download_command', 'score', 'evaluate',
-           'ablation', 'info', 'train_codec', 'thin_log', 'train_teacher_command', 'evaluate_teacher_command',
-           'make_pairs', 'initialise_student', 'evaluate_student', 'train_reward', 'median_seconds', 'training_step',
-           'BenchParts', 'bench_parts', 'describe', 'Stopwatch', 'time_blocks', 'late_over_early', 'split_times',
-           'BenchRollout', 'stream_for_bench', 'bench_rollout', 'BenchStep', 'saliency_passes', 'bench_step',
-           'BenchWan', 'first_frame', 'bench_wan', 'BenchWanStep', 'bench_wan_step', 'bench', 'main']
+__all__ = ['PARTS', 'ROLLOUT', 'STEP', 'WAN', 'WAN_STEP', 'COMMANDS', 'curves_figure', 'saliency_figure', 'write_clips', 'demo',
+           'before_and_after', 'TinyRun', 'WanRun', 'wan_run', 'gpu_memory', 'train', 'train_command', 'with_method',
+           'preset_of', 'embed_command', 'plan_command', 'convert_command', 'WanVideo', 'place_process', 'generate',
+           'film', 'download_command', 'score', 'evaluate', 'ablation', 'info', 'train_codec', 'thin_log',
+           'train_teacher_command', 'evaluate_teacher_command', 'make_pairs', 'initialise_student', 'evaluate_student',
+           'train_reward', 'median_seconds', 'training_step', 'BenchParts', 'bench_parts', 'describe', 'Stopwatch',
+           'time_blocks', 'late_over_early', 'split_times', 'BenchRollout', 'stream_for_bench', 'bench_rollout',
+           'BenchStep', 'saliency_passes', 'bench_step', 'BenchWan', 'first_frame', 'bench_wan', 'BenchWanStep',
+           'bench_wan_step', 'bench', 'main']
 
 # %% ../nbs/cli.ipynb #50f6964f
 def curves_figure(records: dict[str, list[dict]]) -> Figure:
@@ -173,20 +174,27 @@ class TinyRun(TrainConfig):
 # %% ../nbs/cli.ipynb #bc32f3e7
 @dataclass(frozen=True)
 class WanRun(TrainConfig):
-    """Distil Wan2.1 with VideoReward, the published settings as defaults. On GPUs start it with torchrun, also on one."""
+    """Distil Wan2.1. On GPUs start it with torchrun, also on one.
+
+    With --preset stream-r1, reward-forcing or self-forcing all defaults are the published run's, with a teacher of 14B
+    and a critic of 1.3B; without, the teacher has 1.3B, which fits on fewer GPUs and is another target.
+    """
+    preset: Literal["wan-1.3b", "stream-r1", "reward-forcing", "self-forcing"] = "wan-1.3b"      # whose defaults these are
     data: str = "weights/prompts/vidprom_filtered_extended.txt"      # file with a prompt a line
-    student: str = "weights/ode-init/checkpoints/ode_init.pt"        # causally initialised student: a file or folder of streamr1_ref.wan.read_weights
-    teacher: str = "weights/wan-1.3b"      # teacher, 1.3B or 14B, likewise; the critic begins as a copy of it
+    student: str = "weights/ode-init/checkpoints/ode_init.pt"        # file or folder with a causally initialised student
+    teacher: str = "weights/wan-1.3b"      # file or folder with the teacher
+    critic: str | None = None              # file or folder that the critic begins with; None: it begins as the teacher
     base: str = "weights/wan-1.3b"         # diffusers folder with text_encoder, tokenizer and vae
-    reward: str = "weights/video-reward"   # checkpoint folder of VideoAlign
+    reward: str = "weights/video-reward"   # checkpoint folder of VideoAlign; plain DMD needs none
     reward_base: str = "weights/qwen2-vl"  # the model that it was tuned from
     reward_size: tuple[int, int] = (336, 588)   # height and width of what the reward model sees, multiples of 28
     template: str | None = None            # file with the checkpoint's question; without it our own wording, with a warning
-    text_cache: str | None = None          # folder for prompt embeddings; by default none, or `out`/text with an offloaded text encoder
+    text_cache: str | None = None          # folder of `streamr1 embed`; if all prompts are there, no text encoder is loaded
     resolution: tuple[int, int] = (480, 832)    # height and width of the videos, multiples of 16
     student_size: Literal["1.3B", "14B"] | None = "1.3B"             # refuse other weights; None takes what comes
     teacher_size: Literal["1.3B", "14B"] | None = None
-    dtype: Literal["bfloat16", "float32"] | None = None              # of computing, weights are kept in float32; by default bfloat16 on a GPU
+    critic_size: Literal["1.3B", "14B"] | None = None
+    dtype: Literal["bfloat16", "float32"] | None = None     # of computing and of the teacher; by default bfloat16 on a GPU
     offload: tuple[Literal["teacher", "text encoder"], ...] = ()     # parts whose weights wait in the CPU's memory
     out: str = "runs/wan"                  # folder for checkpoints, log.jsonl and the distilled weights
     resume: bool = False                   # go on from the newest checkpoint in `out`, if there is one
@@ -198,29 +206,87 @@ class WanRun(TrainConfig):
         "In which networks, text encoder, VAE and reward model compute."
         return getattr(torch, self.dtype) if self.dtype else default_dtype(default_device())
 
+    @property
+    def embeddings(self) -> str | None:
+        "Folder for prompt embeddings; an offloaded text encoder has one in any case."
+        return self.text_cache or (str(Path(self.out) / "text") if "text encoder" in self.offload else None)
+
+# %% ../nbs/cli.ipynb #2192766f
+def wan_run(preset: str = "wan-1.3b", **changes) -> WanRun:
+    """The run of a preset: stream-r1, reward-forcing and self-forcing as published, wan-1.3b with a small teacher.
+
+    `changes` are fields of `WanRun`. ValueError for an unknown preset.
+    """
+    if preset not in NETWORKS:
+        raise ValueError(f"preset: expected one of {', '.join(NETWORKS)}, got {preset!r}")
+    teacher, critic = NETWORKS[preset]
+    files = {"teacher": f"weights/wan-{teacher.lower()}", "teacher_size": teacher, "critic_size": critic,
+             "critic": critic and f"weights/wan-{critic.lower()}"}
+    if preset == "wan-1.3b":
+        files["teacher_size"] = None                                    # here another teacher may be given as it is
+    return WanRun(**{**vars(PRESETS[preset]), "preset": preset, **files, **changes})
+
 # %% ../nbs/cli.ipynb #216d405f
 @patch
 def check(self: WanRun, processes: int) -> None:
-    "Refuse what cannot work before anything is loaded: missing files (all of them at once), sizes, and, on GPUs, too little memory (with the plan's figures)."
+    """Refuse what cannot work before anything is loaded: missing files (all of them at once), sizes, a negative prompt
+    that is too long, a question without its places, and, on GPUs, too little memory (with the plan's figures)."""
     size = latent_size_of(self.resolution)
-    check_files({name: getattr(self, name) for name in ("data", "student", "teacher", "base", "reward", "reward_base", *(["template"] if self.template else []))})
+    judged = ("reward", "reward_base", *(["template"] if self.template else [])) if self.weighting.needs_reward else ()
+    names = ("data", "student", "teacher", *(["critic"] if self.critic else []), "base", *judged)
+    check_files({name: getattr(self, name) for name in names})
     nets = []
-    for path, expected in ((self.student, self.student_size), (self.teacher, self.teacher_size)):
+    for path, expected in ((self.student, self.student_size), (self.teacher, self.teacher_size),
+                           (self.critic or self.teacher, self.critic_size)):
         nets.append(config_of(official(read_weights(path)), self.head_dim, size))
         if expected is not None and model_size(nets[-1]) != expected:
-            raise ValueError(f"path: expected the weights of Wan2.1 {expected}, {path} holds those of {model_size(nets[-1])}")
+            found = model_size(nets[-1])
+            raise ValueError(f"path: expected the weights of Wan2.1 {expected}, {path} holds those of {found}")
+    if (Path(self.base) / "tokenizer").is_dir():                        # else loading says what is missing
+        tokens = self.text(encoder=False, cache=self.out)
+        try:
+            tokens.check_length([self.distillation.negative_prompt])
+        except ValueError as error:
+            raise ValueError(f"distillation.negative_prompt: {error}") from error
     if (available := gpu_memory()) is not None:
         if "RANK" not in os.environ:
-            raise ValueError("train: on GPUs start it with torchrun, also on one: torchrun --standalone --nproc-per-node 1 -m streamr1_ref.cli train wan-1.3b")
-        check_memory(plan(self.distillation, *nets, processes, checkpointing=self.checkpointing, others=FROZEN, offload=self.offload), available)
+            raise ValueError("train: on GPUs start it with torchrun, also on one: "
+                             "torchrun --standalone --nproc-per-node 1 -m streamr1_ref.cli train wan-1.3b")
+        check_memory(plan(self.distillation, *nets[:2], processes, checkpointing=self.checkpointing, others=FROZEN,
+                          offload=self.offload), available)
 
 @patch
+def text(self: WanRun, encoder: bool = True, cache: str | None = None) -> UMT5Text:
+    "The text encoder on this process' device, or without `encoder` what reads embeddings."
+    return load_text(self.base, default_device(), self.compute_dtype, cache or self.embeddings,
+                     truncate=True, offload="text encoder" in self.offload, encoder=encoder)
+
+@patch
+def needed_prompts(self: WanRun) -> list[str]:
+    "All that the run will embed: the negative prompt, the prompts of its pictures, and those of its steps."
+    lines, d = self.prompts(), self.distillation
+    pictures = range(min(4, len(lines)) if self.sample_every else 0)
+    return [d.negative_prompt, *(lines[i] for i in (*pictures, *prompt_numbers(d, self.steps, len(lines))))]
+
+# %% ../nbs/cli.ipynb #fa85393c
+@patch
 def models(self: WanRun) -> Models:
-    "Text encoder, VAE and reward model on this process' device, the networks memory-mapped, for `shard`."
-    device, cache = default_device(), self.text_cache or (str(Path(self.out) / "text") if "text encoder" in self.offload else None)
-    reward = load_video_reward(self.reward, self.reward_base, self.template, self.compute_dtype, self.reward_size).to(device)
-    return wan_models(self.student, self.teacher, self.base, reward, device, self.compute_dtype, cache, self.head_dim, latent_size_of(self.resolution),
-                      (self.student_size, self.teacher_size), offload_text="text encoder" in self.offload)
+    """Text encoder, VAE and reward model on this process' device, the networks memory-mapped, for `shard`.
+
+    The text encoder is loaded only where an embedding is missing, the reward model only where the weighting needs one.
+    """
+    device, reward, encoder = default_device(), None, True
+    if self.weighting.needs_reward:
+        reward = load_video_reward(self.reward, self.reward_base, self.template, self.compute_dtype, self.reward_size).to(device)
+    if self.embeddings and (Path(self.base) / "text_encoder").is_dir():
+        wanted = self.needed_prompts()
+        absent = len(self.text(encoder=False).missing(wanted))
+        encoder = absent > 0
+        print(f"{len(wanted) - absent} of {len(wanted)} embeddings are in {self.embeddings}; "
+              f"the text encoder is {'needed' if encoder else 'not loaded'}", file=sys.stderr)
+    return wan_models(self.student, self.teacher, self.base, reward, device, self.compute_dtype, self.embeddings,
+                      self.head_dim, latent_size_of(self.resolution), (self.student_size, self.teacher_size, self.critic_size),
+                      "text encoder" in self.offload, self.critic, encoder)
 
 def gpu_memory() -> float | None:
     """Bytes of memory of this process' GPU; None without one."""
@@ -238,21 +304,22 @@ def prompts(self: WanRun) -> PromptFile:
     return PromptFile(self.data)
 
 # %% ../nbs/cli.ipynb #eb0efb38
-RUNS = tyro.extras.subcommand_type_from_defaults({"tiny": TinyRun(**vars(PRESETS["tiny"])), "wan-1.3b": WanRun(**vars(PRESETS["wan-1.3b"]))}, prefix_names=False)
-
-def train(run: Annotated[RUNS, tyro.conf.arg(name="")]) -> None:
+def train(run: TinyRun | WanRun) -> None:
     """Distil a student: `streamr1 train tiny`, or `torchrun --standalone --nproc-per-node N -m streamr1_ref.cli train tiny`."""
     run = with_method(run)
     run.check(int(os.environ.get("WORLD_SIZE", 1)))
-    folder, mesh = Path(run.out), start_processes()
-    try:
+    folder, mesh = Path(run.out), start_processes(run.timeout)
+    with all_or_none(mesh):
         prompts, models = run.prompts(), run.models()
         size = sum(p.numel() * p.element_size() for net in (models.student, models.critic) for p in net.parameters())
         writable_folder(folder, needs=4 * size * (run.keep + 1))
         if not run.resume and list(folder.glob("checkpoints/step-*")):
             raise ValueError(f"out: {folder} holds the checkpoints of a run; go on with --resume, or choose another folder")
         for name in ("student", "critic", "teacher"):
-            shard(getattr(models, name), mesh, run.compute_dtype, name in run.offload)
+            net = shard(getattr(models, name), mesh, run.compute_dtype, name in run.offload)
+            set_attention(net, run.attention, mesh.device_type if mesh else None)
+            if name in run.compile:
+                compile_blocks(net)
         trainer = Trainer(models, prompts, run, folder, mesh)
         for problem in trainer.resume() if run.resume else []:
             print(f"{problem}; going on from the one before", file=sys.stderr)
@@ -261,17 +328,64 @@ def train(run: Annotated[RUNS, tyro.conf.arg(name="")]) -> None:
         if trainer.rank == 0:
             print("wrote", run.save(weights))
         trainer.barrier()
-    finally:
-        if mesh is not None:
-            dist.destroy_process_group()
+    if mesh is not None:
+        dist.destroy_process_group()
+
+def train_command(preset: str = "wan-1.3b") -> Callable:
+    """`train` for the command line, the defaults of `train wan-1.3b` being those of a preset."""
+    runs = tyro.extras.subcommand_type_from_defaults(
+        {"tiny": TinyRun(**vars(PRESETS["tiny"])), "wan-1.3b": wan_run(preset)}, prefix_names=False)
+
+    def command(run):
+        return train(run)
+
+    command.__doc__, command.__annotations__ = train.__doc__, {"run": Annotated[runs, tyro.conf.arg(name="")], "return": None}
+    return command
 
 # %% ../nbs/cli.ipynb #75c6f907
 def with_method(run: TrainConfig) -> TrainConfig:
-    """The run with the weighting of its `method`, the balance window its own."""
+    """The run with the weighting of its `method`; the balance window and the kind of saliency stay the run's own."""
     if run.method is None:
         return run
-    window = {"balance_window": run.weighting.balance_window, "balance_warmup": run.weighting.balance_warmup}
-    return replace(run, weighting=replace(METHODS[run.method], **window))
+    own = {name: getattr(run.weighting, name) for name in ("balance_window", "balance_warmup", "saliency")}
+    return replace(run, weighting=replace(METHODS[run.method], **own))
+
+def preset_of(args: Sequence[str]) -> str:
+    """The preset that a command line names (--preset NAME or --preset=NAME); wan-1.3b if it names none or an unknown one."""
+    given = [b if a == "--preset" else a.partition("=")[2] for a, b in zip(args, [*args[1:], ""]) if a.split("=")[0] == "--preset"]
+    return given[-1] if given and given[-1] in NETWORKS else "wan-1.3b"
+
+# %% ../nbs/cli.ipynb #5f61831d
+def embed_command(preset: Literal[tuple(NETWORKS)] = "wan-1.3b", text_cache: str = "weights/text",
+                  data: str = WanRun.data, base: str = WanRun.base, steps: int | None = None, seed: int = 0, batch: int = 16,
+                  dtype: Literal["bfloat16", "float32"] | None = None) -> None:
+    """Make the prompt embeddings of a training beforehand, so that it needs no text encoder; goes on after an interruption.
+
+    Under torchrun the processes share the prompts.
+
+    Args:
+        preset: Whose prompts: those that its steps will read, and its negative prompt.
+        text_cache: Folder for the embeddings, to be given to train as --text-cache.
+        data: File with a prompt a line.
+        base: Diffusers folder with text_encoder and tokenizer.
+        steps: Student updates of the training; by default the preset's.
+        seed: Of the training.
+        batch: Prompts of one call.
+        dtype: Of the embeddings, which is what the training computes in; by default bfloat16 on a GPU.
+    """
+    if batch < 1 or steps is not None and steps < 1:
+        raise ValueError(f"batch, steps: expected at least 1, got {batch} and {steps}")
+    check_files({"data": data, "base": base})
+    run, device = wan_run(preset, data=data, base=base, text_cache=text_cache, dtype=dtype), place_process()
+    run = replace(run, steps=steps or run.steps, distillation=replace(run.distillation, seed=seed))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    mine = run.needed_prompts()[rank::world]
+    text = run.text(encoder=False)
+    absent = text.missing(mine)
+    print(f"{len(mine) - len(absent)} of {len(mine)} embeddings are in {text_cache}; the others take {text.nbytes_of(absent) / 1e9:.3f} GB")
+    if absent:
+        made = embed_prompts(load_text(base, device, run.compute_dtype, text_cache, truncate=True), absent, batch, rank == 0)
+        print(f"wrote {made} embeddings to {text_cache}")
 
 # %% ../nbs/cli.ipynb #6386da35
 def plan_command(preset: Annotated[Literal["wan-1.3b"], tyro.conf.Positional] = "wan-1.3b", gpus: int = 8, teacher: Literal["1.3B", "14B"] = "1.3B",
@@ -914,24 +1028,30 @@ def bench(what: tyro.conf.OmitArgPrefixes[PARTS | ROLLOUT | STEP | WAN | WAN_STE
     {BenchParts: bench_parts, BenchRollout: bench_rollout, BenchStep: bench_step, BenchWan: bench_wan, BenchWanStep: bench_wan_step}[type(what)](**vars(what))
 
 # %% ../nbs/cli.ipynb #5d6d2219
-COMMANDS = {"demo": demo, "train": train, "generate": generate, "evaluate": evaluate, "ablate": ablation, "bench": bench, "info": info,
-            "download": download_command, "plan": plan_command, "convert": convert_command, "score": score,
+COMMANDS = {"demo": demo, "train": train_command(), "generate": generate, "evaluate": evaluate, "ablate": ablation, "bench": bench, "info": info,
+            "download": download_command, "embed": embed_command, "plan": plan_command, "convert": convert_command, "score": score,
             "train-codec": train_codec, "train-teacher": train_teacher_command, "evaluate-teacher": evaluate_teacher_command,
             "make-pairs": make_pairs, "initialise-student": initialise_student, "evaluate-student": evaluate_student, "train-reward": train_reward}
 
 def main(args: list[str] | None = None) -> int:
-    """Run a command; the exit code is 0, 2 for a mistake of the user's and 3 for a run that cannot go on (one line on stderr), or 130 for Ctrl-C."""
+    """Run a command; the exit code is 0, 2 for a mistake of the user's and 3 for a run that cannot go on (one line on stderr).
+
+    Ctrl-C ends with 130 and SIGTERM with 143, as shells expect; a training has saved a checkpoint by then.
+    """
+    args = sys.argv[1:] if args is None else args
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="streamr1", args=args)
+        commands = COMMANDS | {"train": train_command(preset_of(args))}
+        tyro.extras.subcommand_cli_from_dict(commands, prog="streamr1", args=args)
     except (ValueError, OSError) as error:
         print(f"streamr1: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"streamr1: {error}", file=sys.stderr)
         return 3
-    except KeyboardInterrupt:
-        print("streamr1: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        name, *saved = error.args or ("SIGINT",)
+        print(f"streamr1: interrupted by {name}" + "".join(f"; saved {path}" for path in saved), file=sys.stderr)
+        return 143 if name == "SIGTERM" else 130
     return 0
 
 if __name__ == "__main__" and "__file__" in globals():        # a notebook is __main__ too, but has no file

@@ -71,11 +71,17 @@ def critic_loss(critic: Callable, x0: torch.Tensor, noise: torch.Tensor, timeste
     return (flow - (noise - x0)).square().mean()
 
 @torch.no_grad()
-def predictions(teacher: Callable, critic: Callable, x: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor,
-                null_embeds: torch.Tensor | None, schedule: FlowSchedule) -> dict[str, torch.Tensor]:
-    """x0 predictions on x at one noise level per clip: fake_cond of the critic, real_cond and real_uncond of the teacher; arguments of `dmd_gradient`."""
-    x_t = schedule.add_noise(x.detach(), noise, timestep)
-    x0 = lambda net, embeds: schedule.x0_from_flow(flow_of(net, x_t, timestep, embeds), x_t, timestep)
+def predictions(teacher: Callable, critic: Callable, x: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor,
+                prompt_embeds: torch.Tensor, null_embeds: torch.Tensor | None, schedule: FlowSchedule,
+                score_schedule: FlowSchedule | None = None) -> dict[str, torch.Tensor]:
+    """Clean predictions x0 on x [B,F,C,H,W] at one noise level per clip, as the arguments of `dmd_gradient`.
+
+    fake_cond is the critic's, real_cond and real_uncond are the teacher's; real_uncond is None without `null_embeds`
+    [B,L,text_dim], the embeddings of the negative prompt. Flows become x0 by the levels of `score_schedule`, by default
+    `schedule`; the published networks look them up in a table of shift 8.
+    """
+    x_t, convert = schedule.add_noise(x.detach(), noise, timestep), score_schedule or schedule
+    x0 = lambda net, embeds: convert.x0_from_flow(flow_of(net, x_t, timestep, embeds), x_t, timestep)
     return {"fake_cond": x0(critic, prompt_embeds), "real_cond": x0(teacher, prompt_embeds),
             "real_uncond": None if null_embeds is None else x0(teacher, null_embeds)}
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from fastcore.basics import patch
@@ -30,7 +31,7 @@ from .transformer import WanTransformer
 
 # %% auto #0
 __all__ = ['METHODS', 'stream_r1_loss', 'Weighting', 'Judged', 'judge_rollouts', 'Models', 'tiny_models', 'Distillation',
-           'shuffled', 'Distiller', 'clip_gradient']
+           'shuffled', 'prompt_numbers', 'Distiller', 'clip_gradient']
 
 # %% ../nbs/12_stream_r1.ipynb #c0e2c3a6
 def stream_r1_loss(x: torch.Tensor, gradient: torch.Tensor, reward: torch.Tensor, intra_weight: torch.Tensor | None = None,
@@ -64,6 +65,7 @@ class Weighting:
     self_normalise: bool = False       # divide the weights by their mean over the batch
     spatial: bool = True               # intra-perplexity: weights per region ...
     temporal: bool = True              # ... and per frame
+    saliency: Literal["pixels", "patches", "published"] = "pixels"     # what the reward is differentiated by
     fusion: str = "adaptive"           # of the axes' saliency maps
     temperature: float = 1.0
     spatial_floor: float = 0.15
@@ -73,7 +75,14 @@ class Weighting:
     balance_warmup: int = 50
 
     @property
-    def needs_saliency(self) -> bool: return self.spatial or self.temporal
+    def needs_saliency(self) -> bool:
+        "Do losses depend on where the reward looks?"
+        return self.spatial or self.temporal
+
+    @property
+    def needs_reward(self) -> bool:
+        "Do losses depend on a reward model at all? Plain DMD's do not."
+        return self.needs_saliency or self.beta != 0
 
 METHODS = {"DMD": Weighting(beta=0, spatial=False, temporal=False, balance=0), "Re-DMD": Weighting(axes=("MQ",), spatial=False, temporal=False, balance=0),
            "inter": Weighting(spatial=False, temporal=False, balance=0), "intra": Weighting(beta=0, balance=0), "Stream-R1": Weighting()}
@@ -112,7 +121,7 @@ class Models:
     teacher: WanTransformer          # frozen
     text: TextEncoder
     codec: LatentCodec
-    reward: RewardModel
+    reward: RewardModel | None       # None for methods that need none
     schedule: FlowSchedule = field(default_factory=FlowSchedule)
 
 def tiny_models(student: str | Path | None = None) -> Models:
@@ -140,10 +149,21 @@ class Distillation:
     weight_decay: float = 0.01
     clip_norm: float = 10.0
     guidance: float = 3.0                 # of the teacher, cond + guidance (cond - uncond)
+    negative_prompt: str = ""             # what uncond is conditioned on; Wan2.1's presets have a long one
     cache: CacheConfig = field(default_factory=CacheConfig)
-    evict: bool = True
-    context_noise: float = 0.0
+    evict: bool = True                    # False: nothing leaves the cache in training, as published
+    context_noise: float = 0.0            # timestep at which finished blocks are remembered
+    context_lookup: Literal["exact", "nearest"] = "exact"     # nearest: with the noise of the schedule's closest level
+    score_shift: float | None = None      # of the table that turns scores into x0; None: the schedule's own
     seed: int = 0
+
+    def __post_init__(self):
+        if self.context_lookup not in ("exact", "nearest"):
+            raise ValueError(f"context_lookup: expected exact or nearest, got {self.context_lookup!r}")
+        if not isinstance(self.negative_prompt, str):
+            raise TypeError(f"negative_prompt: expected a string, got {type(self.negative_prompt).__name__}")
+        if self.score_shift is not None and not self.score_shift > 0:
+            raise ValueError(f"score_shift: expected a number above 0 or None, got {self.score_shift}")
 
 # %% ../nbs/12_stream_r1.ipynb #09888a14
 def shuffled(i: int, n: int, seed: int) -> int:
@@ -151,14 +171,34 @@ def shuffled(i: int, n: int, seed: int) -> int:
     epoch, place = divmod(i, n)
     return torch.randperm(n, generator=seeded(seed, epoch, stream=2))[place].item()
 
+def prompt_numbers(cfg: Distillation, updates: int, n: int) -> list[int]:
+    """Which of `n` prompts the first `updates` student updates of a distillation read, each once, in ascending order."""
+    wanted, seen = updates * (cfg.critic_steps + 1) * cfg.micro_batches * cfg.batch, set()
+    for epoch in range(-(-wanted // n)):
+        order = torch.randperm(n, generator=seeded(cfg.seed, epoch, stream=2))
+        seen.update(order[:max(0, wanted - epoch * n)].tolist())
+    return sorted(seen)
+
 class Distiller:
-    """The state of one distillation: networks, optimizers, balance, and how many steps were taken."""
+    """The state of one distillation: networks, optimizers, balance, and how many steps were taken.
+
+    `fused`: Adam in one kernel and without temporaries; by default where the student is on a GPU. The negative prompt
+    is embedded once, here. ValueError if the weighting needs a reward model and `models` has none.
+    """
     rank, world = 0, 1                                       # chapter 13 spreads micro-batches over processes
 
-    def __init__(self, models: Models, prompts: Sequence[str], weighting: Weighting = Weighting(), cfg: Distillation = Distillation()):
+    def __init__(self, models: Models, prompts: Sequence[str], weighting: Weighting = Weighting(),
+                 cfg: Distillation = Distillation(), fused: bool | None = None):
+        if weighting.needs_reward and models.reward is None:
+            raise ValueError("models: expected a reward model for this weighting, got None; plain DMD needs none")
         self.models, self.prompts, self.weighting, self.cfg = models, prompts, weighting, cfg
-        adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
-        self.student_optimizer, self.critic_optimizer = adam(models.student, cfg.student_lr), adam(models.critic, cfg.critic_lr)
+        self.fused = next(models.student.parameters()).is_cuda if fused is None else fused
+        adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr, betas=cfg.betas, weight_decay=cfg.weight_decay,
+                                                 fused=self.fused)
+        self.student_optimizer = adam(models.student, cfg.student_lr)
+        self.critic_optimizer = adam(models.critic, cfg.critic_lr)
+        self.negative_embeds = models.text([cfg.negative_prompt]) if cfg.guidance else None        # [1,L,text_dim]
+        self.score_schedule = None if cfg.score_shift is None else replace(models.schedule, shift=cfg.score_shift)
         self.balance = AdaptiveBalance(weighting.balance, weighting.balance_window, weighting.balance_warmup)
         self.step_count, self.skipped = 0, 0
 
@@ -178,8 +218,9 @@ def rollout(self: Distiller, update: int, micro: int) -> tuple[torch.Tensor, lis
     generator, prompts, exits = self.draw(update, micro)
     cfg, m, embeds = self.cfg, self.models, self.models.text(prompts)
     noise = torch.randn(len(prompts), cfg.frames, m.student.cfg.in_channels, *m.student.cfg.latent_size, generator=generator).to(embeds.device)
-    made = self_forcing_rollout(m.student, noise, embeds, m.schedule, cfg.steps, exits, cfg.frames_per_block, cfg.cache, cfg.evict,
-                                generator=generator, context_noise=cfg.context_noise)
+    made = self_forcing_rollout(m.student, noise, embeds, m.schedule, cfg.steps, exits, cfg.frames_per_block, cfg.cache,
+                                cfg.evict, generator=generator, context_noise=cfg.context_noise,
+                                context_lookup=cfg.context_lookup)
     return made.latents, prompts, embeds, generator
 
 # %% ../nbs/12_stream_r1.ipynb #59ad2b9f
@@ -196,16 +237,22 @@ def critic_objective(self: Distiller, update: int, micro: int) -> tuple[torch.Te
 # %% ../nbs/12_stream_r1.ipynb #a27e0065
 @patch
 def generator_objective(self: Distiller, update: int, micro: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    "Loss of the student, without the balance penalty; rewards [B] by axis, the reward that weighs [B], and the loss, for the record."
+    """Loss of the student, without the balance penalty, and for the record: the loss, the reward that weighs [B], and the
+    rewards [B] by axis; without a reward model the loss alone."""
     m, w = self.models, self.weighting
     x, prompts, embeds, generator = self.rollout(update, micro)
     t = score_timesteps(m.schedule, len(x), generator).to(x.device)
     noise = torch.randn(x.shape, generator=generator).to(x)
-    p = predictions(m.teacher, m.critic, x, noise, t, embeds, m.text([""] * len(x)), m.schedule)
-    judged = judge_rollouts(m.reward, m.codec, x, prompts, w)
+    negative = None if self.negative_embeds is None else self.negative_embeds.expand(len(x), -1, -1)
+    p = predictions(m.teacher, m.critic, x, noise, t, embeds, negative, m.schedule, self.score_schedule)
+    judged = None if m.reward is None else judge_rollouts(m.reward, m.codec, x, prompts, w)
     gradient = dmd_gradient(x, **p, guidance=self.cfg.guidance)
     if not (finite := gradient.isfinite().flatten(1).all(1)).all():
-        raise FloatingPointError(f"gradient: teacher or critic made values that are not finite for clip {(~finite).nonzero()[0].item()}")
+        clip = (~finite).nonzero()[0].item()
+        raise FloatingPointError(f"gradient: teacher or critic made values that are not finite for clip {clip}")
+    if judged is None:
+        loss = stream_r1_loss(x, gradient, torch.zeros(len(x), device=x.device), beta=0.0)
+        return loss, {"loss": loss.detach()[None]}
     loss = stream_r1_loss(x, gradient, judged.reward, judged.intra_weight, beta=w.beta, cap=w.cap)
     if w.self_normalise:
         loss = loss / rollout_weight(judged.reward, w.beta, w.cap).mean()
@@ -254,20 +301,32 @@ def clip_gradient(net: torch.nn.Module, clip_norm: float, scale: float = 1.0) ->
 
 @patch
 def step(self: Distiller) -> dict[str, float]:
-    "Critic updates, then one of the student; returns means for the record, or why the step was skipped."
+    """Critic updates, then one of the student; returns means for the record, or why the step was skipped.
+
+    The balance window takes a step's rewards up only once the student has been updated with them.
+    """
     m, w, n, first = self.models, self.weighting, self.cfg.critic_steps, self.step_count * (self.cfg.critic_steps + 1)
+    balanced = bool(w.balance) and w.beta != 0
     self.step_count += 1
 
+    def by_axis(record: dict) -> dict:
+        return {axis: record[axis] for axis in m.reward.axes}
+
     def braked(record: dict) -> float:
-        record["penalty"] = torch.tensor([self.balance.update({axis: record[axis] for axis in m.reward.axes})[1] if w.balance else 0.0])
+        record["penalty"] = torch.tensor([self.balance.preview(by_axis(record))[1] if balanced else 0.0])
         return math.exp(-w.beta * w.balance * record["penalty"].item())
 
     try:
-        critic = [self.update(m.critic, self.critic_optimizer, self.critic_objective, first + i)[0]["critic"].mean().item() for i in range(n)]
+        critic = [self.update(m.critic, self.critic_optimizer, self.critic_objective, first + i)[0]["critic"].mean().item()
+                  for i in range(n)]
         record, norm = self.update(m.student, self.student_optimizer, self.generator_objective, first + n, braked)
     except FloatingPointError as error:
         self.skipped += 1
         return {"skipped": f"step {self.step_count}: {error}"}
-    weight = rollout_weight(record["reward"], w.beta, w.cap) * math.exp(-w.beta * w.balance * record["penalty"].item())
-    return {"critic": sum(critic) / max(1, n), "norm": norm, "weight": weight.mean().item(), "ess": effective_sample_size(weight),
-            **{name: values.mean().item() for name, values in record.items()}}
+    if balanced:
+        self.balance.update(by_axis(record))
+    clips = self.cfg.batch * self.cfg.micro_batches
+    weight = rollout_weight(record["reward"], w.beta, w.cap) if "reward" in record else torch.ones(clips)
+    weight = weight * math.exp(-w.beta * w.balance * record["penalty"].item())
+    return {"critic": sum(critic) / max(1, n), "norm": norm, "weight": weight.mean().item(),
+            "ess": effective_sample_size(weight), **{name: values.mean().item() for name, values in record.items()}}

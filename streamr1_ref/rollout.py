@@ -71,10 +71,15 @@ def fresh_noise(generator: torch.Generator | None, recorded: Sequence[torch.Tens
 # %% ../nbs/06_self_forcing.ipynb #0924340c
 @torch.no_grad()
 def remember(net: WanTransformer, x0: torch.Tensor, prompt_embeds: torch.Tensor, cache: KVCache, schedule: FlowSchedule,
-             context_noise: float = 0.0, draw: Draw | None = None) -> None:
-    """Write the finished block x0 into `cache`: one call at timestep `context_noise`, whose output nobody needs."""
+             context_noise: float = 0.0, draw: Draw | None = None, context_lookup: str = "exact") -> None:
+    """Write the finished block x0 [B,f,C,H,W] into `cache`: one call at timestep `context_noise`, whose output nobody needs.
+
+    A `context_noise` above 0 also noises the block that is written. With `context_lookup="nearest"` the noise is always
+    that of the schedule's closest entry, which for timestep 0 is sigma 0.005:
+    the published training does so.
+    """
     timestep = torch.full((len(x0),), context_noise, device=x0.device)
-    if context_noise:
+    if context_noise or context_lookup == "nearest":
         x0 = schedule.add_noise(x0, draw(-1, x0), timestep)
     net(x0.to(prompt_embeds.dtype), timestep, prompt_embeds, cache=cache)
 
@@ -202,10 +207,15 @@ def check_exit_steps(exit_steps: Sequence[int], num_blocks: int, num_steps: int)
 
 # %% ../nbs/06_self_forcing.ipynb #4f6595d1
 def self_forcing_rollout(net: WanTransformer, noise: torch.Tensor, prompt_embeds: torch.Tensor, schedule: FlowSchedule,
-                         steps: Sequence[int] = (1000, 750, 500, 250), exit_steps: Sequence[int] | None = None, frames_per_block: int = 3,
-                         cache: CacheConfig = CacheConfig(), evict: bool = False, renoise: Sequence | None = None,
-                         generator: torch.Generator | None = None, per_block: bool = False, context_noise: float = 0.0) -> Rollout:
-    """The student's own video for training (Self Forcing, 2506.08009, alg. 1): each block stops at its exit step, whose call alone has a gradient."""
+                         steps: Sequence[int] = (1000, 750, 500, 250), exit_steps: Sequence[int] | None = None,
+                         frames_per_block: int = 3, cache: CacheConfig = CacheConfig(), evict: bool = False,
+                         renoise: Sequence | None = None, generator: torch.Generator | None = None,
+                         per_block: bool = False, context_noise: float = 0.0, context_lookup: str = "exact") -> Rollout:
+    """The student's own video for training (Self Forcing, 2506.08009, alg. 1): each block stops at its exit step.
+
+    Only the exit step's call has a gradient. noise [B,F,C,H,W], prompt_embeds [B,L,text_dim]; `context_noise` and
+    `context_lookup` as in `remember`. Raises ValueError for shapes and exit steps that do not fit.
+    """
     B, frames, _, H, W = check_tensor("noise", noise, "B F C H W", B=len(prompt_embeds), C=net.cfg.in_channels).shape
     sizes, timesteps, blocks = block_sizes(frames, frames_per_block), check_steps(schedule, steps), []
     drawn = list(exit_steps) if exit_steps is not None else draw_exit_steps(len(sizes), len(steps), generator, per_block)
@@ -216,7 +226,7 @@ def self_forcing_rollout(net: WanTransformer, noise: torch.Tensor, prompt_embeds
         kv.open(x.shape[1])
         draw = fresh_noise(generator, None if renoise is None else renoise[b])
         blocks.append(denoise_block(net, x, prompt_embeds, kv, schedule, timesteps, draw, exits[b]))
-        remember(net, blocks[-1].detach(), prompt_embeds, kv, schedule, context_noise, draw)
+        remember(net, blocks[-1].detach(), prompt_embeds, kv, schedule, context_noise, draw, context_lookup)
     return Rollout(torch.cat(blocks, 1), drawn)
 
 # %% ../nbs/06_self_forcing.ipynb #987293f6

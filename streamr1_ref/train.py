@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
+import sys
 import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 # %% auto #0
-__all__ = ['PRESETS', 'TrainConfig', 'start_processes', 'shard', 'local', 'Trainer', 'checksum', 'damage', 'newest',
-           'differences', 'symptoms', 'interruptible', 'trim_log', 'open_board']
+__all__ = ['WAN_NEGATIVE_PROMPT', 'PRESETS', 'TrainConfig', 'start_processes', 'restarts', 'shard', 'local', 'all_or_none',
+           'Trainer', 'checksum', 'listed_files', 'damaged_file', 'damage', 'describe_damage', 'newest', 'differences',
+           'written_by', 'symptoms', 'interruptible', 'trim_log', 'open_board']
 
 # %% ../nbs/13_training.ipynb #f86c6dae
 import torch
@@ -33,9 +38,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from .attention import BACKENDS
+from .cache import CacheConfig
 from .conventions import film_strip
 from .conventions import progress as progress_bar
-from .objective import Distillation, Distiller, Models, Weighting
+from .objective import METHODS, Distillation, Distiller, Models, Weighting
+from .reward import AXES
 from .rollout import StreamSampler
 from .teacher import seeded
 from .transformer import WanTransformer
@@ -53,26 +61,62 @@ class TrainConfig:
     keep: int = 2                         # checkpoints
     sample_every: int = 0                 # steps between pictures of the average's clips; 0 is never
     max_skipped: int = 10                 # steps in a row before giving up
-    checkpointing: bool = False           # compute the layers' activations again in the backward pass, instead of keeping them
+    checkpointing: bool = False           # compute the layers' activations again in the backward pass
+    attention: Literal["sdpa", "cudnn", "flash", "flex"] = "sdpa"      # kernel of all three networks; see streamr1 info
+    compile: tuple[Literal["student", "critic", "teacher"], ...] = ()  # networks whose layers torch.compile compiles
+    fused: bool | None = None             # Adam as one kernel, without temporaries; None: on GPUs
+    timeout: float = 60.0                 # minutes that a process waits for the others
     tensorboard: bool = False
 
-PRESETS = {"tiny": TrainConfig(distillation=Distillation(batch=4, critic_steps=2), weighting=Weighting(balance_window=16, balance_warmup=16)),
-           "wan-1.3b": TrainConfig(steps=200, ema=0.99, ema_start=5, save_every=20, checkpointing=True,
-                                   distillation=Distillation(batch=1, micro_batches=64, exit_group=8, frames=21, critic_steps=5, student_lr=2e-6,
-                                                             critic_lr=4e-7, betas=(0.0, 0.999), evict=False))}
+    def __post_init__(self):
+        if self.attention not in BACKENDS:
+            raise ValueError(f"attention: expected one of {', '.join(BACKENDS)}, got {self.attention!r}")
+        if unknown := set(self.compile) - {"student", "critic", "teacher"}:
+            raise ValueError(f"compile: expected student, critic, teacher or several, got {', '.join(sorted(unknown))}")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout: expected minutes above 0, got {self.timeout}")
+
+# %% ../nbs/13_training.ipynb #bd4dafdb
+# Wan2.1's own negative prompt (Wan-Video/Wan2.1, Apache-2.0): garish, overexposed, static, blurred, subtitles, ...
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走")
+
+_tiny = Distillation(batch=4, critic_steps=2)
+_wan = Distillation(batch=1, micro_batches=64, exit_group=8, frames=21, critic_steps=5, student_lr=2e-6, critic_lr=4e-7,
+                    betas=(0.0, 0.999), negative_prompt=WAN_NEGATIVE_PROMPT, evict=False, context_lookup="nearest",
+                    score_shift=8.0)
+_full = replace(_wan, cache=CacheConfig(window_frames=None, sink="none", max_frames=21))
+_stream_r1 = TrainConfig(steps=200, ema=0.99, ema_start=5, save_every=20, checkpointing=True, distillation=_wan,
+                         weighting=Weighting(saliency="published"))
+PRESETS = {
+    "tiny": TrainConfig(distillation=_tiny, weighting=Weighting(balance_window=16, balance_warmup=16)),
+    "wan-1.3b": replace(_stream_r1, weighting=Weighting()),
+    "stream-r1": _stream_r1,                                   # configs/exp_stream_r1.yaml of Stream-R1 @ f59b846
+    "reward-forcing": replace(_stream_r1, steps=120, weighting=METHODS["Re-DMD"]),   # its configs/stream_r1.yaml
+    "self-forcing": replace(_stream_r1, steps=120, ema_start=40, distillation=_full, weighting=METHODS["DMD"])}
 
 # %% ../nbs/13_training.ipynb #b720a5fb
-def start_processes() -> DeviceMesh | None:
-    """Join the processes that torchrun started, one GPU each (gloo on a CPU); None if torchrun did not."""
+def start_processes(timeout: float = 60.0) -> DeviceMesh | None:
+    """Join the processes that torchrun started, one GPU each (gloo on a CPU); None if torchrun did not.
+
+    A process waits for the others for `timeout` minutes; the library's own 10 are too few for a checkpoint of 194 GB.
+    """
     if "RANK" not in os.environ:
         return None
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, rank, world = next(dist.rendezvous("env://"))
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")             # the addresses of processes that died are still in the store
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=dist.PrefixStore(f"restart-{restart}", store), rank=rank, world_size=world)
+    store = dist.PrefixStore(f"restart-{restarts()}", store)          # addresses of processes that died are still in there
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                            timeout=timedelta(minutes=timeout))
     return init_device_mesh(kind, (dist.get_world_size(),))
+
+def restarts() -> str:
+    """How often torchrun has started these processes again."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 def shard(net: WanTransformer, mesh: DeviceMesh | None, dtype: torch.dtype | None = None, offload: bool = False) -> WanTransformer:
     """Split a network over `mesh`, block by block, in place, and move the pieces to its devices; it computes in `dtype`, if given, and keeps its weights and reduces gradients in float32.
@@ -90,11 +134,46 @@ def local(x: torch.Tensor) -> torch.Tensor:
     """This process' piece of a sharded tensor; other tensors as they are."""
     return x.to_local() if isinstance(x, DTensor) else x
 
+# %% ../nbs/13_training.ipynb #58f6d582
+@contextmanager
+def all_or_none(mesh: DeviceMesh | None, grace: float = 3.0) -> Iterator[None]:
+    """Whatever exception leaves this context in one process ends all of them, with its message on stderr and exit code 1.
+
+    Otherwise the others would wait in a collective operation until the timeout. They get `grace` seconds to end by
+    themselves first. Without a mesh there is nobody to tell.
+    """
+    if mesh is None:
+        yield
+        return
+    store = dist.PrefixStore(f"failure-{restarts()}", next(dist.rendezvous("env://"))[0])     # a connection of its own
+    over = threading.Event()
+
+    def watch():
+        while not over.wait(1.0):
+            if store.check(["failure"]) and not over.wait(grace):
+                print(f"streamr1: stopped by {store.get('failure').decode()}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    except BaseException as error:
+        store.set("failure", f"process {mesh.get_rank()}: {type(error).__name__}: {error}")
+        raise
+    finally:
+        over.set()
+        watcher.join()                                                  # it must not use the store while that is closed
+
 # %% ../nbs/13_training.ipynb #a241e493
 class Trainer(Distiller):
-    """A `Distiller` with an average of the student, a record and checkpoints in `folder`, on any number of processes (sharded by `shard` before)."""
-    def __init__(self, models: Models, prompts: Sequence[str], cfg: TrainConfig, folder: str | Path, mesh: DeviceMesh | None = None):
-        super().__init__(models, prompts, cfg.weighting, cfg.distillation)
+    """A `Distiller` with an average of the student, a record and checkpoints in `folder`, on any number of processes.
+
+    Networks are sharded by `shard` before. ValueError if the processes do not divide the micro-batches.
+    """
+    def __init__(self, models: Models, prompts: Sequence[str], cfg: TrainConfig, folder: str | Path,
+                 mesh: DeviceMesh | None = None):
+        super().__init__(models, prompts, cfg.weighting, cfg.distillation, cfg.fused)
         self.run, self.folder, self.mesh, self.skipped_in_a_row = cfg, Path(folder), mesh, 0
         self.rank, self.world = (0, 1) if mesh is None else (mesh.get_rank(), mesh.size())
         for name in ("micro_batches", "exit_group"):
@@ -104,7 +183,8 @@ class Trainer(Distiller):
         self.average = {name: p.detach().clone() for name, p in models.student.named_parameters()}
         for optimizer in (self.student_optimizer, self.critic_optimizer):
             for p in optimizer.param_groups[0]["params"]:
-                optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                count = torch.zeros((), device=p.device if self.fused else "cpu")        # where AdamW itself puts it
+                optimizer.state[p] = {"step": count, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 # %% ../nbs/13_training.ipynb #29db924b
 @patch
@@ -169,25 +249,49 @@ def checksum(path: Path) -> list[int]:
             crc = zlib.crc32(part, crc)
     return [path.stat().st_size, crc]
 
+def listed_files(checkpoint: Path) -> dict[str, list[int]] | None:
+    """Checksums by file name as a checkpoint's state.json lists them; None if it cannot be read."""
+    try:
+        return json.loads((checkpoint / "state.json").read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+def damaged_file(checkpoint: Path, files: dict[str, list[int]], part: int = 0, parts: int = 1) -> int:
+    """Number of a listed file that is missing or changed, -1 if there is none; reads only files `part`, `part` + `parts`, ..."""
+    for number, (name, expected) in list(enumerate(files.items()))[part::parts]:
+        if not (checkpoint / name).is_file() or checksum(checkpoint / name) != expected:
+            return number
+    return -1
+
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint; None if nothing is."""
-    try:
-        files = json.loads((checkpoint / "state.json").read_text())["files"]
-    except (OSError, ValueError, KeyError):
+    if (files := listed_files(checkpoint)) is None:
         return "state.json is missing or not readable"
-    for name, expected in files.items():
-        if not (checkpoint / name).is_file():
-            return f"{name} is missing"
-        if checksum(checkpoint / name) != expected:
-            return f"{name} is not as it was written"
-    return None
+    return describe_damage(checkpoint, files, damaged_file(checkpoint, files))
+
+def describe_damage(checkpoint: Path, files: dict[str, list[int]], number: int) -> str | None:
+    """The finding of `damaged_file` in words."""
+    if number < 0:
+        return None
+    name = list(files)[number]
+    return f"{name} is not as it was written" if (checkpoint / name).is_file() else f"{name} is missing"
 
 # %% ../nbs/13_training.ipynb #6d0f2536
-def newest(folder: str | Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run, and what is wrong with those after it."""
+def newest(folder: str | Path, mesh: DeviceMesh | None = None) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run, and what is wrong with those after it.
+
+    With a `mesh` every process reads its share of the files, and all come to the same answer.
+    """
     problems = []
+    part, parts = (0, 1) if mesh is None else (mesh.get_rank(), mesh.size())
     for path in sorted(Path(folder).glob("checkpoints/step-??????"), reverse=True):
-        if (problem := damage(path)) is None:
+        files = listed_files(path)
+        found = torch.tensor(damaged_file(path, files or {}, part, parts))
+        if mesh is not None:
+            found = found.to(mesh.device_type)
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        problem = "state.json is missing or not readable" if files is None else describe_damage(path, files, found.item())
+        if problem is None:
             return path, problems
         problems.append(f"{path} is damaged: {problem}")
     return None, problems
@@ -232,10 +336,19 @@ def barrier(self: Trainer) -> None:
     if self.mesh is not None:
         dist.barrier()
 
+# %% ../nbs/13_training.ipynb #401a038f
+def written_by(name: str) -> int:
+    """Rank of the process that wrote a checkpoint's file: shards carry a number, counted from 1; all others are rank 0's."""
+    found = re.match(r"shard-(\d+)-", name)
+    return int(found[1]) - 1 if found else 0
+
 # %% ../nbs/13_training.ipynb #70f8cf4b
 @patch
 def save(self: Trainer) -> Path:
-    "Write checkpoints/step-...; it appears under that name when it is whole. Older ones than the last `keep` are deleted."
+    """Write checkpoints/step-...; it appears under that name when it is whole. Older ones than the last `keep` are deleted.
+
+    Each process computes the checksums of the files that it wrote itself, so that nobody reads what all have written.
+    """
     final = self.folder / "checkpoints" / f"step-{self.step_count:06d}"
     partial = final.with_suffix(".partial")
     if self.rank == 0:
@@ -244,11 +357,21 @@ def save(self: Trainer) -> Path:
     self.barrier()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                  # "assuming a single process": so it is
-        dcp.save(self.tensors(), storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True), no_dist=self.mesh is None)
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        dcp.save(self.tensors(), storage_writer=writer, no_dist=self.mesh is None)
+    self.barrier()
+    mine = {p.name: checksum(p) for p in sorted(partial.iterdir()) if written_by(p.name) == self.rank}
+    self.barrier()                                                       # all have listed the folder before it changes
+    (partial / f"checksums-{self.rank}.json").write_text(json.dumps(mine))
     self.barrier()
     if self.rank == 0:
-        state = {"step": self.step_count, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "updates": self.updates(),
-                 "balance": self.balance.state_dict(), "settings": self.settings(), "files": {p.name: checksum(p) for p in sorted(partial.iterdir())}}
+        sums = sorted(partial.glob("checksums-*.json"))
+        files = {name: value for path in sums for name, value in json.loads(path.read_text()).items()}
+        for path in sums:
+            path.unlink()
+        state = {"step": self.step_count, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row,
+                 "updates": self.updates(), "balance": self.balance.state_dict(), "settings": self.settings(),
+                 "files": dict(sorted(files.items()))}
         (partial / "state.json").write_text(json.dumps(state))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -264,7 +387,7 @@ def resume(self: Trainer) -> list[str]:
 
     ValueError if all are damaged, or if it was made with other settings (all that differ are named).
     """
-    path, problems = newest(self.folder)
+    path, problems = newest(self.folder, self.mesh)
     if path is None:
         if problems:
             raise ValueError(f"folder: no checkpoint can be read; {'; '.join(problems)}")
@@ -354,15 +477,35 @@ def averaged(self: Trainer) -> Iterator[WanTransformer]:
             p.copy_(old)
 
 @patch
-def sample(self: Trainer, count: int = 4) -> torch.Tensor:
-    "Clips of the average for the first `count` prompts, always from the same noise: pixels [B,T,3,H,W]."
-    cfg, m = self.cfg, self.models
-    prompts = [self.prompts[i] for i in range(min(count, len(self.prompts)))]
-    embeds = m.text(prompts)
-    noise = torch.randn(len(prompts), cfg.frames, m.student.cfg.in_channels, *m.student.cfg.latent_size, generator=seeded(cfg.seed, stream=3)).to(embeds.device)
+def sample(self: Trainer, count: int = 4) -> list[torch.Tensor]:
+    """Clips [1,T,3,H,W] of the average for this process' share of the first `count` prompts, always from the same noise.
+
+    One clip at a time, since at full scale the cache of one fills gigabytes. Processes take turns; where they cannot
+    share evenly, the last prompt is made more than once, because all must call a sharded network equally often.
+    """
+    cfg, m, clips = self.cfg, self.models, []
+    count = min(count, len(self.prompts))
     with self.averaged() as net:
         sampler = StreamSampler(net, m.schedule, cfg.steps, cfg.frames_per_block, cfg.cache, cfg.context_noise)
-        return m.codec.decode(sampler.sample(noise, embeds, generator=seeded(cfg.seed, stream=4))).clamp(0, 1)
+        for turn in range(-(-count // self.world)):
+            i = min(turn * self.world + self.rank, count - 1)
+            embeds = m.text([self.prompts[i]])
+            noise = torch.randn(1, cfg.frames, net.cfg.in_channels, *net.cfg.latent_size, generator=seeded(cfg.seed, i, stream=3))
+            latents = sampler.sample(noise.to(embeds.device), embeds, generator=seeded(cfg.seed, i, stream=4))
+            clips.append(m.codec.decode(latents).clamp(0, 1))
+    return clips
+
+@patch
+def sample_strip(self: Trainer, count: int = 4) -> torch.Tensor:
+    "Film strips of `sample`'s clips below each other as bytes [rows, columns, 3], the same in every process."
+    clips = self.sample(count)
+    every = max(1, clips[0].shape[1] // 8)
+    mine = torch.stack([film_strip(clip, every).mul(255).round().byte() for clip in clips])      # [turns, rows, columns, 3]
+    if self.mesh is not None:
+        parts = [torch.empty_like(mine, device=self.mesh.device_type) for _ in range(self.world)]
+        dist.all_gather(parts, mine.to(self.mesh.device_type))
+        mine = torch.stack(parts, 1).flatten(0, 1).cpu()                                         # in the prompts' order
+    return mine[:min(count, len(self.prompts))].flatten(0, 1)
 
 # %% ../nbs/13_training.ipynb #af4c9e40
 @patch
@@ -401,7 +544,10 @@ def open_board(cfg: TrainConfig, folder: Path, step: int):
 # %% ../nbs/13_training.ipynb #30a95f2d
 @patch
 def train(self: Trainer, progress: bool = True) -> list[dict]:
-    """All steps that are left; returns the records of the run. KeyboardInterrupt after Ctrl-C, with a checkpoint of the last finished step."""
+    """All steps that are left; returns the records of the run.
+
+    After Ctrl-C or SIGTERM the step is finished and saved; then KeyboardInterrupt(name of the signal, checkpoint).
+    """
     self.folder.mkdir(parents=True, exist_ok=True)
     records = trim_log(self.folder / "log.jsonl", self.step_count) if self.rank == 0 else []
     self.barrier()
@@ -411,16 +557,15 @@ def train(self: Trainer, progress: bool = True) -> list[dict]:
         for _ in bar:
             record = self.advance()
             self.note(records, record, bar.write if self.rank == 0 else lambda text: None, board)
-            bar.set_postfix({axis: f"{record[axis]:+.2f}" for axis in self.models.reward.axes if axis in record})
+            bar.set_postfix({axis: f"{record[axis]:+.2f}" for axis in AXES if axis in record})
             stop = self.anywhere(bool(asked))
             if stop or self.step_count % self.run.save_every == 0 or self.step_count == self.run.steps:
-                self.save()
+                saved = self.save()
             if self.run.sample_every and self.step_count % self.run.sample_every == 0:
-                clips = self.sample()
+                picture = self.sample_strip()
                 if self.rank == 0:
                     (self.folder / "samples").mkdir(exist_ok=True)
-                    picture = film_strip(clips, every=max(1, clips.shape[1] // 8)).mul(255).round().byte()
                     Image.fromarray(picture.numpy()).save(self.folder / "samples" / f"step-{self.step_count:06d}.png")
             if stop:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(asked[0] if asked else "another process", saved)
     return records

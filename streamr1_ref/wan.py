@@ -9,9 +9,9 @@ import hashlib
 import html
 import json
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,18 +21,22 @@ from torch import nn
 
 from .attention import set_attention
 from .codec import WanVAECodec
-from .conventions import default_device, default_dtype, load_tensors, save_tensors
+from .conventions import default_device, default_dtype, load_tensors, save_tensors, writable_folder
+from .conventions import progress as progress_bar
+from .flow import FlowSchedule
 from .objective import Models
 from .pipeline import StreamR1Pipeline
 from .reward import RewardModel
 from .rollout import StreamSampler
+from .train import PRESETS, WAN_NEGATIVE_PROMPT, TrainConfig
 from .transformer import (WanConfig, WanTransformer, load_wan_weights, to_diffusers_name,
                                       to_official_name, unwrap_state_dict)
 
 # %% auto #0
-__all__ = ['SIZES', 'read_weights', 'official', 'config_of', 'model_size', 'latent_size_of', 'load_wan', 'diffusers_config',
-           'convert', 'word_tokenizer', 'clean_prompt', 'UMT5Text', 'PromptFile', 'load_text_and_vae', 'compile_blocks',
-           'compile_decoder', 'compile_parts', 'wan_pipeline', 'wan_models']
+__all__ = ['SIZES', 'NETWORKS', 'PUBLISHED', 'REASONS', 'read_weights', 'official', 'config_of', 'model_size', 'latent_size_of',
+           'load_wan', 'diffusers_config', 'convert', 'word_tokenizer', 'clean_prompt', 'UMT5Text', 'text_fingerprint',
+           'embed_prompts', 'PromptFile', 'load_text_and_vae', 'load_text', 'compile_blocks', 'compile_decoder',
+           'compile_parts', 'wan_pipeline', 'wan_models', 'in_published_terms', 'published_table']
 
 # %% ../nbs/15_wan.ipynb #f72e423e
 def read_weights(path: str | Path) -> dict:
@@ -145,66 +149,126 @@ def clean_prompt(prompt: str) -> str:
 
 # %% ../nbs/15_wan.ipynb #801dfb23
 class UMT5Text:
-    """A `TextEncoder` around transformers' UMT5EncoderModel and its tokenizer, padded with zeros to `length` tokens; `cache` is a folder for embeddings.
+    """A `TextEncoder` around transformers' UMT5EncoderModel and its tokenizer, padded with zeros to `length` tokens.
 
-    It computes on `device`, by default where the model is; if that is elsewhere, the model moves there for a call and back (offload).
-    Longer sentences are a ValueError, or cut if `truncate`, as Wan's own code does in silence.
+    It computes on `device`, by default where the model is; if that is elsewhere, each call copies the weights there and
+    drops them afterwards. `cache` is a folder for embeddings, and `name` says in it whose they are. With `model` None
+    embeddings of `width` numbers in `dtype` can only be read from there. Longer prompts are a ValueError, or cut if
+    `truncate`, as Wan's own code does in silence.
     """
-    def __init__(self, model: nn.Module, tokenizer, length: int = 512, cache: str | Path | None = None, name: str = "umt5-xxl", truncate: bool = False, device: torch.device | str | None = None):
-        self.model, self.tokenizer, self.length, self.name, self.truncate = model.eval().requires_grad_(False), tokenizer, length, name, truncate
+    def __init__(self, model: nn.Module | None, tokenizer, length: int = 512, cache: str | Path | None = None,
+                 name: str = "umt5-xxl", truncate: bool = False, device: torch.device | str | None = None,
+                 width: int | None = None, dtype: torch.dtype | None = None):
+        if model is None and (cache is None or width is None or dtype is None):
+            raise ValueError("model: expected an encoder, or None with cache, width and dtype of finished embeddings")
+        self.model = None if model is None else model.eval().requires_grad_(False)
+        self.tokenizer, self.length, self.name, self.truncate = tokenizer, length, name, truncate
         self.cache = None if cache is None else Path(cache)
-        self.device = torch.device(device) if device else next(model.parameters()).device
+        self.width = width or model.config.d_model
+        self.dtype = dtype or next(model.parameters()).dtype
+        self.device = torch.device(device or ("cpu" if model is None else next(model.parameters()).device))
 
-    @contextmanager
-    def placed(self) -> Iterator[nn.Module]:
-        "The model on `device`, for as long as the context lasts."
-        home = next(self.model.parameters()).device
-        try:
-            yield self.model.to(self.device)
-        finally:
-            self.model.to(home)
+    def count_tokens(self, prompts: list[str]) -> list[int]:
+        "Tokens of each prompt, the end's included, before anything is cut."
+        return [len(ids) for ids in self.tokenizer([clean_prompt(p) for p in prompts]).input_ids]
+
+    def check_length(self, prompts: list[str]) -> None:
+        "ValueError that quotes the longest prompt if it has more than `length` tokens."
+        count, longest = max(zip(self.count_tokens(prompts), prompts))
+        if count > self.length:
+            raise ValueError(f"prompts: expected at most {self.length} tokens, got {count} in {longest[:60]!r}...")
+
+    def __call__(self, prompts: list[str]) -> torch.Tensor:
+        "Embeddings [B,length,text_dim], as `encode` makes them; each prompt's at most once if there is a cache."
+        if isinstance(prompts, str):
+            raise TypeError(f"prompts: expected a list of prompts, got the single prompt {prompts!r}")
+        if self.cache is None:
+            return self.encode(prompts)
+        if absent := self.missing(prompts):
+            self.keep(absent)
+        return torch.cat([self.read(p) for p in prompts])
 
 # %% ../nbs/15_wan.ipynb #2bb63dbe
 @patch
 @torch.no_grad()
 def encode(self: UMT5Text, prompts: list[str]) -> torch.Tensor:
-    "Sentences -> [B,length,text_dim], zeros behind the end of each."
-    cleaned = [clean_prompt(p) for p in prompts]
-    longest = max((len(ids), p) for ids, p in zip(self.tokenizer(cleaned).input_ids, prompts))
-    if longest[0] > self.length and not self.truncate:
-        raise ValueError(f"prompts: expected at most {self.length} tokens, got {longest[0]} in {longest[1][:60]!r}...")
-    tokens = self.tokenizer(cleaned, padding="max_length", max_length=self.length, truncation=True, return_attention_mask=True, return_tensors="pt")
+    "Prompts -> [B,length,text_dim] of the encoder, zeros behind the end of each."
+    if self.model is None:
+        raise FileNotFoundError(f"text_cache: expected the embeddings of all prompts in {self.cache}, those of "
+                                f"{prompts[0][:60]!r}... are missing (streamr1 embed makes them)")
+    if not self.truncate:
+        self.check_length(prompts)
+    tokens = self.tokenizer([clean_prompt(p) for p in prompts], padding="max_length", max_length=self.length,
+                            truncation=True, return_attention_mask=True, return_tensors="pt")
     ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
-    with self.placed() as model:
-        return model(ids, mask).last_hidden_state * mask[..., None].to(model.dtype)
+    if next(self.model.parameters()).device == self.device:
+        hidden = self.model(ids, mask).last_hidden_state
+    else:                                                 # copies, which are gone after the call; the originals stay
+        named = chain(self.model.named_parameters(), self.model.named_buffers())
+        weights = {name: t.to(self.device, non_blocking=True) for name, t in named}
+        hidden = torch.func.functional_call(self.model, weights, (ids, mask)).last_hidden_state
+    return hidden * mask[..., None].to(hidden.dtype)
 
 @patch
-def __call__(self: UMT5Text, prompts: list[str]) -> torch.Tensor:
-    "Like `encode`, each sentence at most once if there is a cache."
-    if isinstance(prompts, str):
-        raise TypeError(f"prompts: expected a list of sentences, got the single sentence {prompts!r}")
-    if self.cache is None:
-        return self.encode(prompts)
-    with nullcontext() if all(self.place(p).exists() for p in prompts) else self.placed():          # to the device once for all
-        return torch.cat([self.remembered(p) for p in prompts])
+def place(self: UMT5Text, prompt: str) -> Path:
+    "File in the cache for a prompt: a hash of it, of the encoder's name, the length and the dtype."
+    key = json.dumps([self.name, self.length, str(self.dtype), prompt])
+    key = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return self.cache / key[:2] / f"{key}.safetensors"
 
 # %% ../nbs/15_wan.ipynb #e53f2fbc
 @patch
-def place(self: UMT5Text, prompt: str) -> Path:
-    "File in the cache for a sentence: a hash of it, the model's name and the length."
-    key = hashlib.sha256(json.dumps([self.name, self.length, prompt]).encode()).hexdigest()[:32]
-    return self.cache / key[:2] / f"{key}.safetensors"
+def missing(self: UMT5Text, prompts: Iterable[str]) -> list[str]:
+    "Those of the prompts, each once, that the cache does not have."
+    return [p for p in dict.fromkeys(prompts) if self.cache is None or not self.place(p).exists()]
 
 @patch
-def remembered(self: UMT5Text, prompt: str) -> torch.Tensor:
-    "The embedding [1,length,text_dim] of a sentence, from the cache's folder or for it; without padding on disk."
-    path = self.place(prompt)
-    if not path.exists():
-        made = self.encode([prompt])
+def keep(self: UMT5Text, prompts: list[str]) -> None:
+    "Put the embeddings of prompts into the cache, without padding; the encoder is called once."
+    for prompt, made in zip(prompts, self.encode(prompts).split(1)):
         end = int(made.abs().amax((0, 2)).nonzero().max()) + 1 if made.any() else 1
-        save_tensors(path, {"embedding": made[:, :end]})
-    found = load_tensors(path)[0]["embedding"].to(self.device)
-    return F.pad(found, (0, 0, 0, self.length - found.shape[1]))
+        save_tensors(self.place(prompt), {"embedding": made[:, :end]})
+
+@patch
+def read(self: UMT5Text, prompt: str) -> torch.Tensor:
+    "The embedding [1,length,text_dim] of a prompt from the cache. ValueError that names a file which does not fit."
+    path = self.place(prompt)
+    found = load_tensors(path)[0].get("embedding", torch.empty(0))
+    if found.dtype != self.dtype:
+        raise ValueError(f"text_cache: expected an embedding in {self.dtype}, {path} has {found.dtype}")
+    if found.ndim != 3 or len(found) != 1 or not 1 <= found.shape[1] <= self.length or found.shape[2] != self.width:
+        raise ValueError(f"text_cache: expected an embedding [1, 1 to {self.length}, {self.width}], "
+                         f"{path} has {tuple(found.shape)}")
+    if not found.isfinite().all():
+        raise ValueError(f"text_cache: expected finite values, {path} has others")
+    return F.pad(found.to(self.device), (0, 0, 0, self.length - found.shape[1]))
+
+@patch
+def nbytes_of(self: UMT5Text, prompts: list[str]) -> int:
+    "Bytes on the disk that the embeddings of prompts will take, each prompt's with 100 bytes around it."
+    tokens = [min(count, self.length) for count in self.count_tokens(prompts)]
+    return sum(100 + count * self.width * self.dtype.itemsize for count in tokens)
+
+# %% ../nbs/15_wan.ipynb #16d2eb80
+def text_fingerprint(folder: str | Path) -> str:
+    """Name of the text encoder in a folder, for the cache: its configuration and the names and sizes of its files, hashed."""
+    files = [(p.name, p.stat().st_size) for p in sorted(Path(folder).glob("*.safetensors"))]
+    config = Path(folder) / "config.json"
+    return hashlib.sha256(json.dumps([config.read_text(), files]).encode()).hexdigest()[:16]
+
+def embed_prompts(text: UMT5Text, prompts: Sequence[str], batch: int = 16, progress: bool = True) -> int:
+    """Make the embeddings of prompts that the cache does not have yet, and return how many those were.
+
+    Each is a file of its own that is whole as soon as it has its name, so that an interrupted call can simply be repeated.
+    ValueError without a cache; OSError, before any work, if the disk has too little room for all of them.
+    """
+    if text.cache is None:
+        raise ValueError("text: expected a UMT5Text with a cache")
+    absent = text.missing(prompts)
+    writable_folder(text.cache, needs=text.nbytes_of(absent) if absent else 0)
+    for start in progress_bar(range(0, len(absent), batch), "embeddings", progress):
+        text.keep(absent[start:start + batch])
+    return len(absent)
 
 # %% ../nbs/15_wan.ipynb #872709e8
 class PromptFile(Sequence):
@@ -228,17 +292,35 @@ class PromptFile(Sequence):
             return file.readline().decode("utf-8").strip()
 
 # %% ../nbs/15_wan.ipynb #6fab4b13
-def load_text_and_vae(base: str | Path, device: torch.device | str, dtype: torch.dtype, cache: str | Path | None = None, length: int = 512, truncate: bool = False,
-                      offload: bool = False) -> tuple[UMT5Text, WanVAECodec]:
-    """Text encoder and codec in a diffusers folder of Wan2.1 (text_encoder/, tokenizer/, vae/). With `offload` the encoder stays on the CPU between calls. FileNotFoundError names what is missing."""
+def load_text_and_vae(base: str | Path, device: torch.device | str, dtype: torch.dtype, cache: str | Path | None = None,
+                      length: int = 512, truncate: bool = False, offload: bool = False,
+                      encoder: bool = True) -> tuple[UMT5Text, WanVAECodec]:
+    """Text encoder and codec in a diffusers folder of Wan2.1 (text_encoder/, tokenizer/, vae/).
+
+    With `offload` the encoder stays in the CPU's memory and only visits the device; without `encoder` it is not loaded,
+    and all embeddings must be in `cache`. FileNotFoundError names what is missing.
+    """
     from diffusers import AutoencoderKLWan                                     # seconds to import, and needed here only
-    from transformers import AutoTokenizer, UMT5EncoderModel
-    base = Path(base)
-    if missing := [name for name in ("text_encoder", "tokenizer", "vae") if not (base / name).is_dir()]:
+    if missing := [name for name in ("text_encoder", "tokenizer", "vae") if not (Path(base) / name).is_dir()]:
         raise FileNotFoundError(f"base: expected the folders {', '.join(missing)} in {base}")
-    encoder = UMT5EncoderModel.from_pretrained(base / "text_encoder", dtype=dtype).to("cpu" if offload else device)
-    vae = AutoencoderKLWan.from_pretrained(base / "vae", torch_dtype=dtype).to(device).eval().requires_grad_(False)
-    return UMT5Text(encoder, AutoTokenizer.from_pretrained(base / "tokenizer"), length, cache, base.name, truncate, device), WanVAECodec(vae)
+    text = load_text(base, device, dtype, cache, length, truncate, offload, encoder)
+    vae = AutoencoderKLWan.from_pretrained(Path(base) / "vae", torch_dtype=dtype).to(device).eval().requires_grad_(False)
+    return text, WanVAECodec(vae)
+
+def load_text(base: str | Path, device: torch.device | str, dtype: torch.dtype, cache: str | Path | None = None,
+              length: int = 512, truncate: bool = False, offload: bool = False, encoder: bool = True) -> UMT5Text:
+    """The text encoder alone; arguments as in `load_text_and_vae`."""
+    from transformers import AutoTokenizer, UMT5EncoderModel
+    folder = Path(base) / "text_encoder"
+    tokenizer, name = AutoTokenizer.from_pretrained(Path(base) / "tokenizer"), text_fingerprint(folder)
+    if not encoder:
+        width = json.loads((folder / "config.json").read_text())["d_model"]
+        return UMT5Text(None, tokenizer, length, cache, name, truncate, device, width, dtype)
+    model = UMT5EncoderModel.from_pretrained(folder, dtype=dtype)
+    if offload and torch.device(device).type == "cuda":
+        for p in model.parameters():
+            p.data = p.data.pin_memory()                                       # once, so that every copy is a fast one
+    return UMT5Text(model if offload else model.to(device), tokenizer, length, cache, name, truncate, device)
 
 # %% ../nbs/15_wan.ipynb #fb122ab6
 def compile_blocks(net: WanTransformer, backend: str = "inductor") -> WanTransformer:
@@ -273,17 +355,97 @@ def wan_pipeline(checkpoint: str | Path, base: str | Path, device: torch.device 
     return compile_parts(StreamR1Pipeline(StreamSampler(net, **settings), text, codec), compiled)
 
 # %% ../nbs/15_wan.ipynb #7e132fe9
-def wan_models(student: str | Path, teacher: str | Path, base: str | Path, reward: RewardModel, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-               text_cache: str | Path | None = None, head_dim: int = 128, latent_size: tuple[int, int] = (60, 104), sizes: tuple[str | None, str | None] = (None, None),
-               offload_text: bool = False) -> Models:
-    """Student, teacher, a critic that begins as the teacher, and what surrounds them on `device`. The networks stay on the CPU, in float32 and memory-mapped, for `shard` to split and move; ValueError if their latents or texts differ.
+def wan_models(student: str | Path, teacher: str | Path, base: str | Path, reward: RewardModel | None,
+               device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+               text_cache: str | Path | None = None, head_dim: int = 128, latent_size: tuple[int, int] = (60, 104),
+               sizes: tuple[str | None, ...] = (None, None, None), offload_text: bool = False,
+               critic: str | Path | None = None, encoder: bool = True) -> Models:
+    """Student, teacher, critic, and what surrounds them on `device`, as chapter 12's `Models`.
 
-    `sizes` of student and teacher as in `load_wan`. Sentences that are too long are cut, as in the published training.
+    The critic begins with the weights in `critic`, by default the teacher's; it may be of another size. Student and
+    critic are in float32, the teacher, which never changes, in the `dtype` of computing. All three stay on the CPU,
+    memory-mapped, for `shard` to split and move. `sizes` of student, teacher and critic as in `load_wan`; `offload_text`
+    and `encoder` as in `load_text_and_vae`. Prompts that are too long are cut, as in the published training. ValueError
+    if latents or texts of the networks differ.
     """
     device = torch.device(device or default_device())
-    nets = [load_wan(path, torch.float32, head_dim, latent_size, size) for path, size in ((student, sizes[0]), (teacher, sizes[1]), (teacher, sizes[1]))]
-    a, b = nets[0].cfg, nets[1].cfg
-    if (a.in_channels, a.text_dim, a.patch_size) != (b.in_channels, b.text_dim, b.patch_size):
-        raise ValueError(f"teacher: expected the student's latents and text, {a.in_channels} channels, text {a.text_dim}, got {b.in_channels} and {b.text_dim}")
-    text, codec = load_text_and_vae(base, device, dtype or default_dtype(device), text_cache, a.text_len, truncate=True, offload=offload_text)
+    dtype, sizes = dtype or default_dtype(device), (*sizes, *(None,) * 3)[:3]
+    wanted = ((student, torch.float32), (teacher, dtype), (critic or teacher, torch.float32))
+    nets = [load_wan(path, kind, head_dim, latent_size, size) for (path, kind), size in zip(wanted, sizes)]
+    ports = [(net.cfg.in_channels, net.cfg.text_dim, net.cfg.patch_size) for net in nets]
+    for name, port in zip(("teacher", "critic"), ports[1:]):
+        if port != ports[0]:
+            raise ValueError(f"{name}: expected the student's latents and text, {ports[0][0]} channels, text {ports[0][1]}, "
+                             f"got {port[0]} and {port[1]}")
+    length = nets[0].cfg.text_len
+    text, codec = load_text_and_vae(base, device, dtype, text_cache, length, True, offload_text, encoder)
     return Models(nets[0].requires_grad_(True), nets[2].requires_grad_(True), nets[1], text, codec, reward)
+
+# %% ../nbs/15_wan.ipynb #5876d1f8
+# sizes of teacher and critic in each preset; None is a critic that begins as the teacher
+NETWORKS = {"wan-1.3b": ("1.3B", None), "stream-r1": ("14B", "1.3B"), "reward-forcing": ("14B", "1.3B"),
+            "self-forcing": ("14B", "1.3B")}
+
+_common = {
+    "generator_ckpt": "ode_init.pt", "real_name": "Wan2.1-T2V-14B", "fake_name": "Wan2.1-T2V-1.3B",
+    "denoising_step_list": [1000, 750, 500, 250], "num_train_timestep": 1000, "timestep_shift": 5.0, "guidance_scale": 3.0,
+    "mixed_precision": True, "lr": 2e-6, "lr_critic": 4e-7, "beta1": 0.0, "beta2": 0.999,
+    "data_path": "vidprom_filtered_extended.txt", "batch_size": 1, "clips of an update": 64, "ema_weight": 0.99,
+    "ema_start_step": 200, "negative_prompt": WAN_NEGATIVE_PROMPT, "dfake_gen_update_ratio": 5,
+    "image_or_video_shape": [1, 21, 16, 60, 104], "gradient_checkpointing": True, "num_frame_per_block": 3, "seed": 0,
+    "sharding_strategy": "hybrid_full"}
+_windowed = {"local_attn_size": 9, "sink_size": 3, "gradient_accumulation_steps": 8, "beta": 2.0}
+PUBLISHED = {
+    "stream-r1": _common | _windowed | {
+        "full_training_steps": 1000, "reward_mode": "BalancedOverall", "log_iters": 200, "spatial_reward_pixel_grad": True,
+        "spatial_reward_metrics": ["MQ", "TA", "VQ"], "spatial_reward_strength": 1.0, "spatial_reward_min_weight": 0.15,
+        "spatial_reward_combination": "adaptive", "spatial_reward_temperature": 1.0,
+        "temporal_saliency_strength": 1.0, "temporal_saliency_min_weight": 0.2},
+    "reward-forcing": _common | _windowed | {"full_training_steps": 601, "reward_mode": "MQ", "log_iters": 600},
+    "self-forcing": _common | {"local_attn_size": -1, "sink_size": 0, "gradient_accumulation_steps": 1,
+                               "full_training_steps": 600, "log_iters": 50}}
+
+# %% ../nbs/15_wan.ipynb #749fa366
+REASONS = {
+    "log_iters": "a checkpoint here holds all that resuming needs, and is written by steps, not by micro-steps",
+    "sharding_strategy": "over all processes, not within a node only: less memory, more communication between nodes",
+    "full_training_steps": "601 updates of the critic are 120 of the student and one left over",
+    "gradient_accumulation_steps": "the same 64 clips on 8 GPUs; it used 64 GPUs without accumulation"}
+
+def in_published_terms(cfg: TrainConfig, teacher: str, critic: str | None) -> dict:
+    """A preset's settings under the names of the published configuration files, for 8 GPUs."""
+    d, w, net, schedule = cfg.distillation, cfg.weighting, SIZES["1.3B"], FlowSchedule()
+    accumulate, window = d.micro_batches // 8, d.cache.window_frames
+    unit = accumulate if window else 1                     # Self Forcing counts updates of the critic, the others micro-steps
+    mode = "BalancedOverall" if w.balance else w.axes[0]
+    return {
+        "generator_ckpt": "ode_init.pt", "real_name": f"Wan2.1-T2V-{teacher}", "fake_name": f"Wan2.1-T2V-{critic or teacher}",
+        "denoising_step_list": list(d.steps), "num_train_timestep": schedule.num_train_timesteps,
+        "timestep_shift": schedule.shift, "guidance_scale": d.guidance, "mixed_precision": True, "lr": d.student_lr,
+        "lr_critic": d.critic_lr, "beta1": d.betas[0], "beta2": d.betas[1], "data_path": "vidprom_filtered_extended.txt",
+        "batch_size": d.batch, "clips of an update": d.batch * d.micro_batches, "ema_weight": cfg.ema,
+        "ema_start_step": cfg.ema_start * d.critic_steps * unit, "negative_prompt": d.negative_prompt,
+        "dfake_gen_update_ratio": d.critic_steps, "gradient_checkpointing": cfg.checkpointing, "seed": d.seed,
+        "image_or_video_shape": [d.batch, d.frames, net.in_channels, *net.latent_size],
+        "num_frame_per_block": d.frames_per_block, "sharding_strategy": "full", "local_attn_size": window or -1,
+        "sink_size": d.cache.num_sink, "gradient_accumulation_steps": accumulate, "beta": w.beta,
+        "full_training_steps": cfg.steps * d.critic_steps, "reward_mode": mode,
+        "log_iters": cfg.save_every * d.critic_steps * accumulate,
+        "spatial_reward_pixel_grad": w.saliency == "published", "spatial_reward_metrics": sorted(w.axes),
+        "spatial_reward_strength": float(w.spatial), "spatial_reward_min_weight": w.spatial_floor,
+        "spatial_reward_combination": w.fusion, "spatial_reward_temperature": w.temperature,
+        "temporal_saliency_strength": float(w.temporal), "temporal_saliency_min_weight": w.temporal_floor}
+
+# %% ../nbs/15_wan.ipynb #7cb5f2fc
+def published_table(name: str) -> list[dict]:
+    """A row per published value of a preset: setting, published, ours, and "" where they are the same, else the reason.
+
+    ValueError for a name that is not in PUBLISHED.
+    """
+    if name not in PUBLISHED:
+        raise ValueError(f"name: expected one of {', '.join(PUBLISHED)}, got {name!r}")
+    ours = in_published_terms(PRESETS[name], *NETWORKS[name])
+    same = lambda a, b: abs(a - b) < 1e-12 if isinstance(a, float) else a == b
+    return [{"setting": key, "published": value, "ours": ours[key],
+             "difference": "" if same(value, ours[key]) else REASONS.get(key, "not explained")}
+            for key, value in PUBLISHED[name].items()]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import relative_error
 
+from streamr1_ref import objective
 from streamr1_ref.balance import AdaptiveBalance
 from streamr1_ref.objective import METHODS, Distillation, Distiller, stream_r1_loss, tiny_models
 from streamr1_ref.world import caption_split
@@ -113,3 +114,35 @@ def test_balance_state_survives():
         a.update({"VQ": float(i), "MQ": 0.0, "TA": 1.0})
     b.load_state_dict(a.state_dict())
     assert a.update({"VQ": 5.0, "MQ": 0.0, "TA": 1.0})[1] == b.update({"VQ": 5.0, "MQ": 0.0, "TA": 1.0})[1]
+
+
+def test_the_balance_window_moves_only_when_a_step_succeeded(monkeypatch):
+    """A step whose gradient is not finite is skipped; its rewards must not count (they did: the window had one entry more)."""
+    run = Distiller(tiny_models(), ["a red 3 moving up"] * 4, METHODS["Stream-R1"], Distillation(batch=2, critic_steps=1))
+    whole = objective.clip_gradient
+    monkeypatch.setattr(objective, "clip_gradient", lambda net, *rest: whole(net, *rest) if net is run.models.critic else math.nan)
+    assert "skipped" in run.step() and run.balance.count == 0 and not run.balance.history
+    monkeypatch.setattr(objective, "clip_gradient", whole)
+    assert "skipped" not in run.step() and run.balance.count == 1
+
+
+def test_the_negative_prompt_is_embedded_once_and_is_the_one_that_was_set():
+    """Every micro-batch used to embed the empty prompt, whatever the settings."""
+    models, heard = tiny_models(), []
+    text = models.text
+    models.text = lambda prompts: heard.append(list(prompts)) or text(prompts)
+    run = Distiller(models, ["a red 3 moving up"] * 4, METHODS["DMD"],
+                    Distillation(batch=1, micro_batches=2, critic_steps=1, negative_prompt="a blue 7 moving down"))
+    first = run.step()
+    assert [p for p in heard if p == ["a blue 7 moving down"]] == [["a blue 7 moving down"]] and [""] not in heard
+    plain = Distiller(tiny_models(), ["a red 3 moving up"] * 4, METHODS["DMD"], Distillation(batch=1, micro_batches=2, critic_steps=1))
+    assert plain.step()["loss"] != first["loss"]
+
+
+def test_context_noise_as_published_changes_the_rollout_and_the_default_does_not():
+    """The published training noises finished blocks at sigma 0.005; the default, like the published sampler, does not."""
+    plain, noisy = (Distiller(tiny_models(), ["a red 3 moving up"] * 4, METHODS["DMD"], Distillation(batch=1, context_lookup=lookup))
+                    for lookup in ("exact", "nearest"))
+    a, b = (run.rollout(0, 0)[0] for run in (plain, noisy))
+    first = slice(0, 3)
+    assert torch.equal(a[:, first], b[:, first]) and 0 < (a - b).norm() / a.norm() < 0.2
