@@ -45,10 +45,10 @@ from .rollout import (Stream, StreamSampler, StudentTrainer, StudentTraining, dr
 from .saliency import pixel_saliency
 from .teacher import (TeacherTraining, codec_floor, evaluate_teacher, load_teacher, run_training, save_teacher, seeded, tiny_codec,
                                   train_teacher)
-from .train import PRESETS, TrainConfig, Trainer, all_or_none, shard, start_processes
+from .train import PRESETS, TrainConfig, Trainer, all_or_none, in_turn, shard, start_processes
 from .transformer import WanConfig, WanTransformer, load_wan_weights
 from .video_reward import load_video_reward
-from .wan import (NETWORKS, SIZES, PromptFile, UMT5Text, compile_blocks, config_of, convert, embed_prompts,
+from .wan import (NETWORKS, SIZES, PromptFile, UMT5Text, check_finite, compile_blocks, config_of, convert, embed_prompts,
                               latent_size_of, load_text, model_size, official, read_weights, wan_models, wan_pipeline)
 from .world import Oracle, caption_split, mixed_clips, sample_clips
 
@@ -310,7 +310,8 @@ def train(run: TinyRun | WanRun) -> None:
     run.check(int(os.environ.get("WORLD_SIZE", 1)))
     folder, mesh = Path(run.out), start_processes(run.timeout)
     with all_or_none(mesh):
-        prompts, models = run.prompts(), run.models()
+        with in_turn(mesh):                                             # else all load the frozen models into one memory
+            prompts, models = run.prompts(), run.models()
         size = sum(p.numel() * p.element_size() for net in (models.student, models.critic) for p in net.parameters())
         writable_folder(folder, needs=4 * size * (run.keep + 1))
         if not run.resume and list(folder.glob("checkpoints/step-*")):
@@ -318,6 +319,7 @@ def train(run: TinyRun | WanRun) -> None:
         for name in ("student", "critic", "teacher"):
             net = shard(getattr(models, name), mesh, run.compute_dtype, name in run.offload)
             set_attention(net, run.attention, mesh.device_type if mesh else None)
+            check_finite(net, getattr(run, name, None) or name)
             if name in run.compile:
                 compile_blocks(net)
         trainer = Trainer(models, prompts, run, folder, mesh)
@@ -384,6 +386,7 @@ def embed_command(preset: Literal[tuple(NETWORKS)] = "wan-1.3b", text_cache: str
     absent = text.missing(mine)
     print(f"{len(mine) - len(absent)} of {len(mine)} embeddings are in {text_cache}; the others take {text.nbytes_of(absent) / 1e9:.3f} GB")
     if absent:
+        writable_folder(text_cache, needs=text.nbytes_of(absent))                   # before minutes of loading
         made = embed_prompts(load_text(base, device, run.compute_dtype, text_cache, truncate=True), absent, batch, rank == 0)
         print(f"wrote {made} embeddings to {text_cache}")
 

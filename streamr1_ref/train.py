@@ -24,8 +24,8 @@ from typing import Literal
 
 # %% auto #0
 __all__ = ['WAN_NEGATIVE_PROMPT', 'PRESETS', 'TrainConfig', 'start_processes', 'restarts', 'shard', 'local', 'all_or_none',
-           'Trainer', 'checksum', 'listed_files', 'damaged_file', 'damage', 'describe_damage', 'newest', 'differences',
-           'written_by', 'symptoms', 'interruptible', 'trim_log', 'open_board']
+           'in_turn', 'Trainer', 'checksum', 'listed_files', 'damaged_file', 'damage', 'describe_damage', 'newest',
+           'differences', 'written_by', 'symptoms', 'interruptible', 'trim_log', 'open_board']
 
 # %% ../nbs/13_training.ipynb #f86c6dae
 import torch
@@ -164,6 +164,19 @@ def all_or_none(mesh: DeviceMesh | None, grace: float = 3.0) -> Iterator[None]:
     finally:
         over.set()
         watcher.join()                                                  # it must not use the store while that is closed
+
+# %% ../nbs/13_training.ipynb #b75c81c1
+@contextmanager
+def in_turn(mesh: DeviceMesh | None) -> Iterator[None]:
+    """The processes of a machine run what is inside one after the other: loading for all at once would need their memory
+    at once."""
+    turns = 1 if mesh is None else int(os.environ.get("LOCAL_WORLD_SIZE", mesh.size()))
+    mine = 0 if mesh is None else int(os.environ.get("LOCAL_RANK", mesh.get_rank()))
+    for turn in range(turns):
+        if turn == mine:
+            yield
+        if mesh is not None:
+            dist.barrier()
 
 # %% ../nbs/13_training.ipynb #a241e493
 class Trainer(Distiller):
@@ -336,7 +349,6 @@ def barrier(self: Trainer) -> None:
     if self.mesh is not None:
         dist.barrier()
 
-# %% ../nbs/13_training.ipynb #401a038f
 def written_by(name: str) -> int:
     """Rank of the process that wrote a checkpoint's file: shards carry a number, counted from 1; all others are rank 0's."""
     found = re.match(r"shard-(\d+)-", name)
@@ -495,6 +507,7 @@ def sample(self: Trainer, count: int = 4) -> list[torch.Tensor]:
             clips.append(m.codec.decode(latents).clamp(0, 1))
     return clips
 
+# %% ../nbs/13_training.ipynb #a4880874
 @patch
 def sample_strip(self: Trainer, count: int = 4) -> torch.Tensor:
     "Film strips of `sample`'s clips below each other as bytes [rows, columns, 3], the same in every process."

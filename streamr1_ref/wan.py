@@ -28,19 +28,22 @@ from .objective import Models
 from .pipeline import StreamR1Pipeline
 from .reward import RewardModel
 from .rollout import StreamSampler
-from .train import PRESETS, WAN_NEGATIVE_PROMPT, TrainConfig
+from .train import PRESETS, WAN_NEGATIVE_PROMPT, TrainConfig, local
 from .transformer import (WanConfig, WanTransformer, load_wan_weights, to_diffusers_name,
                                       to_official_name, unwrap_state_dict)
 
 # %% auto #0
 __all__ = ['SIZES', 'NETWORKS', 'PUBLISHED', 'REASONS', 'read_weights', 'official', 'config_of', 'model_size', 'latent_size_of',
-           'load_wan', 'diffusers_config', 'convert', 'word_tokenizer', 'clean_prompt', 'UMT5Text', 'text_fingerprint',
-           'embed_prompts', 'PromptFile', 'load_text_and_vae', 'load_text', 'compile_blocks', 'compile_decoder',
-           'compile_parts', 'wan_pipeline', 'wan_models', 'in_published_terms', 'published_table']
+           'load_wan', 'check_finite', 'diffusers_config', 'convert', 'word_tokenizer', 'clean_prompt', 'UMT5Text',
+           'text_fingerprint', 'embed_prompts', 'PromptFile', 'load_text_and_vae', 'load_text', 'compile_blocks',
+           'compile_decoder', 'compile_parts', 'wan_pipeline', 'wan_models', 'in_published_terms', 'published_table']
 
 # %% ../nbs/15_wan.ipynb #f72e423e
 def read_weights(path: str | Path) -> dict:
-    """The state dict in a .safetensors or .pt file, or in a folder with one or several .safetensors. FileNotFoundError or ValueError name the file."""
+    """The state dict in a .safetensors or .pt file, or in a folder with one or several .safetensors.
+
+    FileNotFoundError or ValueError name the file. Code in files is never run.
+    """
     path = Path(path)
     if path.is_dir():
         parts = sorted(path.glob("*.safetensors")) or sorted((path / "transformer").glob("*.safetensors"))
@@ -52,10 +55,14 @@ def read_weights(path: str | Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"path: expected a file or folder of weights, {path} does not exist")
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:                                   # whatever a damaged or foreign file makes it say
-        raise ValueError(f"path: {path} ({path.stat().st_size} bytes) is damaged, or holds more than weights, and code in files is never run here: {str(error).splitlines()[0]} "
-                         "If you trust its author, open it on another machine and save its tensors with safetensors.torch.save_file") from error
+        raise ValueError(f"path: {path} ({path.stat().st_size} bytes) is damaged, or holds more than weights, and code in files "
+                         f"is never run here: {str(error).splitlines()[0]} If you trust its author, open it on another machine "
+                         "and save its tensors with safetensors.torch.save_file") from error
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"path: expected tensors by name in {path}, got {type(found).__name__}")
+    return found
 
 # %% ../nbs/15_wan.ipynb #c68fac01
 def official(weights: dict) -> dict[str, torch.Tensor]:
@@ -68,20 +75,32 @@ def official(weights: dict) -> dict[str, torch.Tensor]:
 
 # %% ../nbs/15_wan.ipynb #ac4513af
 def config_of(weights: dict, head_dim: int = 128, latent_size: tuple[int, int] = (60, 104)) -> WanConfig:
-    """Sizes of the network with these weights (official names), from their shapes; all Wan2.1 models have heads of 128. ValueError if a tensor is missing.
+    """Sizes of the network with these weights (official names), from their shapes; all Wan2.1 models have heads of 128.
 
-    `latent_size` is a choice, not a property of the weights: 60 x 104 is 480 x 832 pixels.
+    `latent_size` is a choice, not a property of the weights: 60 x 104 is 480 x 832 pixels. ValueError if a tensor is
+    missing, has another number of axes, or if layers are not numbered without gaps: sizes in files are not believed.
     """
-    try:
-        patch_weight, text, time = (weights[f"{name}.weight"] for name in ("patch_embedding", "text_embedding.0", "time_embedding.0"))
-        dim, in_channels, *patch_size = patch_weight.shape
-        ffn_dim, out = weights["blocks.0.ffn.0.weight"].shape[0], weights["head.head.weight"].shape[0]
-    except KeyError as error:
-        raise ValueError(f"weights: expected those of a Wan transformer, {error} is missing") from error
-    layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-    p = patch_size[0] * patch_size[1] * patch_size[2]
-    return replace(WanConfig.wan_1_3b(), dim=dim, ffn_dim=ffn_dim, num_heads=dim // head_dim, num_layers=layers, in_channels=in_channels, out_channels=out // p,
-                   text_dim=text.shape[1], freq_dim=time.shape[1], patch_size=tuple(patch_size), latent_size=tuple(latent_size))
+    shapes = {}
+    for name, axes in (("patch_embedding", 5), ("text_embedding.0", 2), ("time_embedding.0", 2), ("blocks.0.ffn.0", 2),
+                       ("head.head", 2)):
+        tensor = weights.get(f"{name}.weight")
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"weights: expected those of a Wan transformer, {name}.weight is missing")
+        if tensor.ndim != axes or not tensor.numel():
+            raise ValueError(f"weights: expected {name}.weight with {axes} axes, got shape {tuple(tensor.shape)}")
+        shapes[name] = tuple(tensor.shape)
+    numbers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    if numbers != {str(i) for i in range(len(numbers))}:
+        strange = max(numbers, key=lambda x: (len(x), x))
+        raise ValueError(f"weights: expected layers blocks.0 to blocks.{len(numbers) - 1}, there is blocks.{strange}")
+    dim, in_channels, *patch_size = shapes["patch_embedding"]
+    if head_dim < 1 or dim % head_dim:
+        raise ValueError(f"head_dim: expected a divisor of the width {dim}, got {head_dim}")
+    return replace(WanConfig.wan_1_3b(), dim=dim, ffn_dim=shapes["blocks.0.ffn.0"][0], num_heads=dim // head_dim,
+                   num_layers=len(numbers), in_channels=in_channels,
+                   out_channels=shapes["head.head"][0] // (patch_size[0] * patch_size[1] * patch_size[2]),
+                   text_dim=shapes["text_embedding.0"][1], freq_dim=shapes["time_embedding.0"][1],
+                   patch_size=tuple(patch_size), latent_size=tuple(latent_size))
 
 # %% ../nbs/15_wan.ipynb #62ea7597
 SIZES = {"1.3B": WanConfig.wan_1_3b(), "14B": WanConfig.wan_14b()}
@@ -97,19 +116,35 @@ def latent_size_of(resolution: tuple[int, int]) -> tuple[int, int]:
     return resolution[0] // 8, resolution[1] // 8
 
 # %% ../nbs/15_wan.ipynb #43633772
-def load_wan(path: str | Path, dtype: torch.dtype | None = None, head_dim: int = 128, latent_size: tuple[int, int] = (60, 104), size: str | None = None) -> WanTransformer:
-    """The transformer in a file or folder of `read_weights`, without gradients; weights stay memory-mapped until they are used or moved.
+def load_wan(path: str | Path, dtype: torch.dtype | None = None, head_dim: int = 128,
+             latent_size: tuple[int, int] = (60, 104), size: str | None = None) -> WanTransformer:
+    """The transformer in a file or folder of `read_weights`, without gradients.
 
-    ValueError if they are not those of the model `size`, "1.3B" or "14B", where one is given.
+    Weights stay memory-mapped until they are used or moved, so their values are not looked at (`check_finite` does that
+    where they are in use). ValueError, with the path, if they are not those of the model `size`, "1.3B" or "14B", where
+    one is given, if they do not fit, or if they are not floating-point numbers of 16 or 32 bits.
     """
-    weights = official(read_weights(path))
-    cfg = config_of(weights, head_dim, latent_size)
+    try:
+        weights = official(read_weights(path))
+        cfg = config_of(weights, head_dim, latent_size)
+        floats = (torch.float32, torch.bfloat16, torch.float16)
+        if strange := [name for name, t in weights.items() if isinstance(t, torch.Tensor) and t.dtype not in floats]:
+            raise ValueError(f"weights: expected float32, bfloat16 or float16, {strange[0]} is {weights[strange[0]].dtype}")
+        with torch.device("meta"):
+            net = WanTransformer(cfg)
+        load_wan_weights(net, weights)
+    except ValueError as error:
+        raise error if str(path) in str(error) else ValueError(f"path: {path} holds no fitting network; {error}") from error
     if size is not None and model_size(cfg) != size:
         raise ValueError(f"path: expected the weights of Wan2.1 {size}, {path} holds those of {model_size(cfg)}")
-    with torch.device("meta"):
-        net = WanTransformer(cfg)
-    load_wan_weights(net, weights)
     return net.requires_grad_(False) if dtype is None else net.to(dtype).requires_grad_(False)
+
+def check_finite(net: nn.Module, source: str | Path) -> nn.Module:
+    """`net`, unless one of its weights (of this process' pieces, if it is sharded) is not finite: a ValueError names it."""
+    for name, p in net.named_parameters():
+        if not local(p.detach()).isfinite().all():
+            raise ValueError(f"path: expected finite weights in {source}, {name} has others")
+    return net
 
 # %% ../nbs/15_wan.ipynb #1b7fa0f9
 def diffusers_config(cfg: WanConfig) -> dict:
@@ -350,7 +385,7 @@ def wan_pipeline(checkpoint: str | Path, base: str | Path, device: torch.device 
     """A student's weights with the text encoder and VAE in `base`; `settings` are those of `StreamSampler`. bfloat16 on a GPU, float32 on a CPU. `compiled`: "network", "vae" or both."""
     device = torch.device(device or default_device())
     dtype = dtype or default_dtype(device)
-    net = set_attention(load_wan(checkpoint, dtype, head_dim, latent_size, size).to(device), attention)
+    net = set_attention(check_finite(load_wan(checkpoint, dtype, head_dim, latent_size, size).to(device), checkpoint), attention)
     text, codec = load_text_and_vae(base, device, dtype, text_cache, net.cfg.text_len)
     return compile_parts(StreamR1Pipeline(StreamSampler(net, **settings), text, codec), compiled)
 

@@ -4,17 +4,23 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import tyro
+from PIL import Image, ImageChops
 
+from streamr1_ref import cli, train
 from streamr1_ref.objective import Distillation, Distiller, tiny_models
-from streamr1_ref.train import PRESETS, Trainer, newest
+from streamr1_ref.train import PRESETS, Trainer, newest, start_processes
+from streamr1_ref.wan import compile_blocks
 from streamr1_ref.world import caption_split
 
 SMALL = ["--save-every", "2", "--distillation.batch", "1", "--distillation.frames", "3", "--distillation.critic-steps", "1",
@@ -133,6 +139,152 @@ sys.exit(cli.main(["train", "tiny", *{SMALL!r}, "--steps", "3", "--out", {str(tm
     assert done.returncode == 0, done.stderr[-3000:]
     records = log(tmp_path / "run")
     assert ["skipped" in r for r in records] == [False, True, False] and "another process" in records[1]["skipped"]
+
+
+def test_any_exception_in_one_rank_ends_all_with_its_message(tmp_path):
+    """Rank 1's disk is full in its second update: rank 0, which waits for its gradients, used to wait until the timeout."""
+    script = tmp_path / "full.py"
+    script.write_text(f"""
+import sys, time
+from streamr1_ref import cli, objective, train
+original = objective.judge_rollouts
+def judge_rollouts(*args):
+    import torch.distributed as dist
+    if dist.get_rank() == 1:
+        raise OSError("no space left on the disk")
+    return original(*args)
+anywhere = train.Trainer.anywhere
+def waits(self, flag):
+    waits.calls += 1
+    if self.rank == 0 and waits.calls == 2:
+        time.sleep(600)                                                 # as a collective operation of NCCL would
+    return anywhere(self, flag)
+waits.calls = 0
+objective.judge_rollouts, train.Trainer.anywhere = judge_rollouts, waits
+sys.exit(cli.main(["train", "tiny", *{SMALL!r}, "--steps", "3", "--out", {str(tmp_path / "run")!r}]))
+""")
+    began = time.monotonic()
+    done = run([*TORCHRUN, str(script)])
+    assert done.returncode != 0 and time.monotonic() - began < 120
+    assert "streamr1: no space left on the disk" in done.stderr, done.stderr[-3000:]
+
+
+def test_a_waiting_process_is_told_what_ended_the_run(tmp_path):
+    """Without torchrun's watch over its workers, too: the message travels through the store."""
+    script = tmp_path / "alone.py"
+    script.write_text("""
+import os, sys, time
+from streamr1_ref.train import all_or_none, start_processes
+mesh = start_processes(timeout=5)
+try:
+    with all_or_none(mesh, grace=0.1):
+        if mesh.get_rank() == 1:
+            raise MemoryError("out of memory")
+        time.sleep(600)
+except MemoryError:
+    time.sleep(600)                                                     # a process that does not die of its exception
+""")
+    ports = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    both = [subprocess.Popen([sys.executable, str(script)], env={**ENV, **ports, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                             stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    try:
+        _, said = both[0].communicate(timeout=120)
+    finally:
+        for process in both:
+            process.kill()
+    assert both[0].returncode == 1 and "streamr1: stopped by process 1: MemoryError: out of memory" in said, said
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_every_rank_reads_its_own_files_and_makes_its_own_pictures(tmp_path):
+    """Rank 0 computed all checksums, while the others waited; each rank made all sample clips at once."""
+    script = tmp_path / "reads.py"
+    script.write_text(f"""
+import os, sys
+from pathlib import Path
+from streamr1_ref import cli, train
+rank, folder = os.environ["RANK"], Path({str(tmp_path)!r})
+checksum, sample = train.checksum, train.Trainer.sample
+def noted(path):
+    with (folder / f"read-{{rank}}").open("a") as file: file.write(path.name + "\\n")
+    return checksum(path)
+def counted(self, count=4):
+    clips = sample(self, count)
+    (folder / f"made-{{rank}}").write_text(" ".join(str(len(c)) for c in clips))
+    return clips
+train.checksum, train.Trainer.sample = noted, counted
+sys.exit(cli.main(["train", "tiny", *{SMALL!r}, "--steps", "2", "--sample-every", "2", "--out", {str(tmp_path / "run")!r}, *sys.argv[1:]]))
+""")
+    done = run([*TORCHRUN, str(script)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = ((tmp_path / f"read-{rank}").read_text().split() for rank in range(2))
+    assert len(first) == len(second) == 1 and first != second, (first, second)
+    assert [(tmp_path / f"made-{rank}").read_text() for rank in range(2)] == ["1 1", "1 1"]
+    for rank in range(2):
+        (tmp_path / f"read-{rank}").unlink()
+    done = run([*TORCHRUN, str(script), "--resume"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    shares = [(tmp_path / f"read-{rank}").read_text().split() for rank in range(2)]
+    assert [len(share) for share in shares] == [1, 1] and shares[0] != shares[1], shares
+    one = run([*CLI, "--steps", "2", "--sample-every", "2", "--out", str(tmp_path / "one")])
+    assert one.returncode == 0, one.stderr
+    a, b = (Image.open(tmp_path / name / "samples" / "step-000002.png") for name in ("run", "one"))
+    assert a.size == b.size and ImageChops.difference(a, b).getextrema()[0][1] <= 2                    # the same pictures
+
+
+def test_the_timeout_is_the_one_that_was_set(monkeypatch):
+    asked = {}
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(train.dist, "rendezvous", lambda url: iter([(train.dist.HashStore(), 0, 1)]))
+    monkeypatch.setattr(train.dist, "init_process_group", lambda *args, **kwargs: asked.update(kwargs))
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(train, "init_device_mesh", lambda kind, shape: None)
+    start_processes(timeout=7)
+    assert asked["timeout"] == timedelta(minutes=7)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_sigterm_saves_as_ctrl_c_does(tmp_path, number, code):
+    process = subprocess.Popen([*CLI, "--steps", "500", "--save-every", "500", "--out", str(tmp_path)], env=ENV,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not (tmp_path / "log.jsonl").exists() or len(log(tmp_path)) < 2):
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    saved = newest(tmp_path)[0]
+    assert process.returncode == code and saved is not None and saved.name == f"step-{len(log(tmp_path)):06d}"
+    assert f"interrupted by {number.name}; saved {saved}" in said, said
+
+
+def test_fused_adam_resumes_where_it_was(tmp_path):
+    """Its counters live on the parameters' device; the same steps as the plain one up to rounding."""
+    runs = {fused: trainer_in(tmp_path / str(fused), steps=2, save_every=1, fused=fused) for fused in (False, True)}
+    for trainer in runs.values():
+        trainer.train(progress=False)
+    again = trainer_in(tmp_path / "True", steps=2, fused=True)
+    again.resume()
+    assert again.updates() == {"student": 2.0, "critic": 2.0}
+    for name, value in again.tensors().items():
+        assert torch.equal(value, runs[True].tensors()[name]), name
+    assert again.advance()["loss"] == pytest.approx(runs[False].advance()["loss"], rel=1e-3)
+
+
+def test_compiled_layers_train_the_same_weights(tmp_path):
+    """torch.compile inside activation checkpointing, for student, critic and teacher; traced, not translated."""
+    losses = []
+    for compiled in (False, True):
+        trainer = trainer_in(tmp_path / str(compiled), steps=2, checkpointing=True)
+        if compiled:
+            for net in (trainer.models.student, trainer.models.critic, trainer.models.teacher):
+                compile_blocks(net, "aot_eager")
+        losses.append([r["loss"] for r in trainer.train(progress=False)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(whole, tmp_path):
@@ -262,3 +414,37 @@ def test_accumulated_gradient_is_the_mean_of_the_micro_batches():
     run.update(run.models.student, run.student_optimizer, run.generator_objective, 0)
     for p, *grads in zip(run.models.student.parameters(), *parts):
         assert torch.allclose(p.grad, sum(grads) / 3, atol=1e-6)
+
+
+def test_an_attention_kernel_that_cannot_run_here_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "advance", lambda self: pytest.fail("a step was taken"))
+    run_of = cli.TinyRun(**vars(PRESETS["tiny"]) | {"attention": "flash", "out": str(tmp_path / "run")})
+    with pytest.raises(ValueError, match="backend: flash needs an NVIDIA GPU, the network is on cpu"):
+        cli.train(run_of)
+
+
+def test_a_preset_on_the_command_line_sets_the_defaults_and_flags_win():
+    args = ["wan-1.3b", "--preset", "stream-r1", "--teacher", "weights/wan-1.3b", "--distillation.guidance", "3"]
+    made = tyro.cli(cli.train_command(cli.preset_of(args)).__annotations__["run"], args=args)
+    assert made.preset == "stream-r1" and made.teacher == "weights/wan-1.3b" and made.critic == "weights/wan-1.3b"
+    assert made.distillation == PRESETS["stream-r1"].distillation and made.weighting.saliency == "published"
+
+
+def test_processes_of_a_machine_load_one_after_the_other(tmp_path):
+    script = tmp_path / "turns.py"
+    script.write_text("""
+import sys, time
+import torch.distributed as dist
+from streamr1_ref.train import in_turn, start_processes
+mesh = start_processes()
+with in_turn(mesh):
+    began = time.time()
+    time.sleep(0.5)
+    ended = time.time()
+open(f"{sys.argv[1]}/turn-{mesh.get_rank()}", "w").write(f"{began} {ended}")
+dist.destroy_process_group()
+""")
+    done = run([*TORCHRUN, str(script), str(tmp_path)])
+    assert done.returncode == 0, done.stderr[-2000:]
+    (_, first), (second, _) = (map(float, (tmp_path / f"turn-{rank}").read_text().split()) for rank in range(2))
+    assert first <= second

@@ -21,7 +21,7 @@ from streamr1_ref.fullscale import SMALL, random_codec, random_reward, random_te
 from streamr1_ref.train import PRESETS
 from streamr1_ref.transformer import WanTransformer
 from streamr1_ref.video_reward import OWN_WORDING, REWARD_TOKENS, load_video_reward, with_checkpoint
-from streamr1_ref.wan import PromptFile, wan_models, word_tokenizer
+from streamr1_ref.wan import PromptFile, UMT5Text, wan_models, word_tokenizer
 
 SIZE = replace(SMALL.net, text_len=512)
 SPECIALS = ("<|vision_start|>", "<|video_pad|>", "<|vision_end|>")
@@ -229,3 +229,91 @@ def test_processes_share_the_prompts(downloads, tmp_path, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "2")
         cli.generate("tiny", ("a red 3 moving left", "a cyan 0 moving up", "a blue 7 moving down"), seconds=0.2, out=str(tmp_path))
     assert [[m["file"] for m in json.loads((tmp_path / f"videos-{r}.json").read_text())] for r in (0, 1)] == [["000.mp4", "002.mp4"], ["001.mp4"]]
+
+
+def test_the_critic_has_a_size_of_its_own(downloads, tmp_path):
+    """A critic of 1.3B beside a teacher of 14B could not be said: the critic was always a copy of the teacher."""
+    save_tensors(tmp_path / "large.safetensors", WanTransformer(replace(SIZE, dim=96, num_heads=4)).state_dict())
+    run = wan_run(downloads, tmp_path, teacher=str(tmp_path / "large.safetensors"), critic=str(downloads / "teacher.safetensors"),
+                  method="DMD")
+    models = cli.with_method(run).models()
+    assert [net.cfg.dim for net in (models.student, models.teacher, models.critic)] == [48, 96, 48]
+    start = load_tensors(downloads / "teacher.safetensors")[0]
+    assert all(torch.equal(p, start[name]) for name, p in models.critic.named_parameters())
+    cli.train(run)
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 2
+    with pytest.raises(ValueError, match="expected the weights of Wan2.1 1.3B, .*teacher.safetensors holds those of a network"):
+        cli.train(wan_run(downloads, tmp_path, critic=str(downloads / "teacher.safetensors"), critic_size="1.3B", method="DMD"))
+
+
+def test_a_frozen_teacher_is_kept_in_the_dtype_of_computing(downloads):
+    models = wan_models(downloads / "student.safetensors", downloads / "teacher.safetensors", downloads / "base", None, "cpu",
+                        torch.bfloat16, head_dim=24)
+    dtypes = [{p.dtype for p in net.parameters()} for net in (models.student, models.critic, models.teacher)]
+    assert dtypes == [{torch.float32}, {torch.float32}, {torch.bfloat16}]
+
+
+def test_plain_dmd_needs_no_reward_model_on_disk(downloads, tmp_path):
+    cli.train(wan_run(downloads, tmp_path, method="DMD", reward="nowhere", reward_base="nowhere", template=None))
+    record = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert math.isfinite(record["loss"]) and "VQ" not in record
+    with pytest.raises(FileNotFoundError, match="these are missing:\n  reward: nowhere\n  reward_base: nowhere"):
+        cli.train(wan_run(downloads, tmp_path / "2", method="Re-DMD", reward="nowhere", reward_base="nowhere"))
+
+
+def test_embeddings_made_beforehand_replace_the_text_encoder(downloads, tmp_path, monkeypatch, capsys):
+    cache, settings = tmp_path / "text", {"data": str(downloads / "prompts.txt"), "base": str(downloads / "base")}
+    cli.embed_command("wan-1.3b", str(cache), **settings, steps=1)
+    assert len(list(cache.rglob("*.safetensors"))) == 3 and "wrote 3 embeddings" in capsys.readouterr().out
+    sizes = sum(p.stat().st_size for p in cache.rglob("*.safetensors"))
+    victim = sorted(cache.rglob("*.safetensors"))[0]
+    victim.unlink()                                                                    # interrupted before the last one
+    cli.embed_command("wan-1.3b", str(cache), **settings, steps=1)
+    said = capsys.readouterr().out
+    assert "2 of 3 embeddings are in" in said and "wrote 1 embeddings" in said and victim.exists()
+    assert sum(p.stat().st_size for p in cache.rglob("*.safetensors")) == sizes
+    monkeypatch.setattr("transformers.UMT5EncoderModel.from_pretrained", lambda *a, **k: pytest.fail("the encoder was loaded"))
+    negative = replace(wan_run(downloads, tmp_path).distillation, negative_prompt=PRESETS["wan-1.3b"].distillation.negative_prompt)
+    cli.train(wan_run(downloads, tmp_path, method="DMD", text_cache=str(cache), distillation=negative))
+    assert "3 of 3 embeddings are in" in capsys.readouterr().err
+    with pytest.raises(OSError, match="out: expected .* free for .*text2"):
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+        cli.embed_command("wan-1.3b", str(tmp_path / "text2"), **settings, steps=1)
+
+
+class Encoder(torch.nn.Module):
+    """As much of a text encoder as can run on the meta device."""
+    def __init__(self):
+        super().__init__()
+        self.config, self.words = SimpleNamespace(d_model=8), torch.nn.Embedding(64, 8)
+
+    def forward(self, ids, mask):
+        self.seen_on = self.words.weight.device.type
+        return SimpleNamespace(last_hidden_state=self.words(ids))
+
+
+def test_an_offloaded_text_encoder_is_never_carried_back():
+    """It used to move to the device for every prompt and back. Here the device is meta: copies go there, the weights stay."""
+    text = UMT5Text(Encoder(), word_tokenizer(["a", "fox"]), length=16, device="meta")
+    before = text.model.words.weight.data_ptr()
+    assert text.encode(["a fox"]).device.type == "meta" and text.model.seen_on == "meta"
+    assert text.model.words.weight.device.type == "cpu" and text.model.words.weight.data_ptr() == before
+
+
+def test_a_negative_prompt_that_is_too_long_is_refused_before_anything_is_loaded(downloads, tmp_path, monkeypatch):
+    run = wan_run(downloads, tmp_path)
+    run = replace(run, distillation=replace(run.distillation, negative_prompt="fox " * 600))
+    monkeypatch.setattr(cli.WanRun, "models", lambda self: pytest.fail("models were loaded"))
+    with pytest.raises(ValueError, match="distillation.negative_prompt: prompts: expected at most 512 tokens, got 601"):
+        cli.train(run)
+
+
+def test_weights_with_nan_are_refused_before_training_and_before_video(downloads, tmp_path):
+    """They used to load in silence."""
+    weights = load_tensors(downloads / "student.safetensors")[0]
+    weights["head.head.bias"][0] = math.nan
+    save_tensors(tmp_path / "nan.safetensors", weights)
+    with pytest.raises(ValueError, match="path: expected finite weights in .*nan.safetensors, head.head.bias has others"):
+        cli.train(wan_run(downloads, tmp_path, student=str(tmp_path / "nan.safetensors"), method="DMD"))
+    with pytest.raises(ValueError, match="path: expected finite weights in .*nan.safetensors, head.head.bias has others"):
+        wan_video(downloads, checkpoint=str(tmp_path / "nan.safetensors")).load()
