@@ -160,18 +160,26 @@ def random_codec(sizes: Sizes, device: torch.device | str = "cpu", dtype: torch.
     with torch.device(device):
         return WanVAECodec(nn.Module.to(AutoencoderKLWan(**sizes.vae), dtype).eval().requires_grad_(False))      # diffusers' own .to warns for nothing
 
-def random_reward(sizes: Sizes, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> VideoReward:
-    """VideoReward of these sizes with random weights, our own wording, and activation checkpointing."""
+def random_reward(sizes: Sizes, device: torch.device | str = "cpu",
+                  dtype: torch.dtype = torch.float32) -> VideoReward:
+    """VideoReward of these sizes with random weights, in our own wording without a chat template.
+
+    It recomputes layers in the backward pass, as the loaded one does; head and scores are in float32.
+    """
     from transformers import Qwen2VLConfig, Qwen2VLModel
-    words = word_tokenizer("a red fox runs over snow".split(), ("<|vision_start|>", "<|video_pad|>", "<|vision_end|>", *REWARD_TOKENS))
-    ids = {f"{name}_token_id": words.convert_tokens_to_ids(token) for name, token in (("video", "<|video_pad|>"), ("vision_start", "<|vision_start|>"), ("image", "<unk>"))}
+    marks = ("<|vision_start|>", "<|video_pad|>", "<|vision_end|>", *REWARD_TOKENS)
+    words = word_tokenizer("a red fox runs over snow".split(), marks)
+    ids = {f"{name}_token_id": words.convert_tokens_to_ids(token) for name, token in
+           (("video", "<|video_pad|>"), ("vision_start", "<|vision_start|>"), ("image", "<unk>"))}
     judge = {k: v for k, v in sizes.judge.items() if k != "sections"}
     rope = {"rope_type": "default", "mrope_section": list(sizes.judge["sections"]), "rope_theta": 1e6}
-    config = Qwen2VLConfig(text_config=dict(judge, rope_parameters=rope, bos_token_id=0, eos_token_id=1), vision_config=dict(sizes.eyes, hidden_size=judge["hidden_size"]), **ids)
+    text = dict(judge, rope_parameters=rope, bos_token_id=0, eos_token_id=1)
+    vision = dict(sizes.eyes, hidden_size=judge["hidden_size"])
     with torch.device(device):
-        model, head = Qwen2VLModel(config).to(dtype), nn.Linear(judge["hidden_size"], 3, bias=False)
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    return VideoReward(model, head, words, OWN_WORDING, (0.0,) * 3, (1.0,) * 3, sizes.reward_size).to(device).eval().requires_grad_(False)
+        model = Qwen2VLModel(Qwen2VLConfig(text_config=text, vision_config=vision, **ids)).to(dtype)
+        head = nn.Linear(judge["hidden_size"], 3, bias=False)
+    made = VideoReward(model, head, words, OWN_WORDING, (0.0,) * 3, (1.0,) * 3, sizes.reward_size)
+    return made.to(device).eval().requires_grad_(False)
 
 # %% ../nbs/15b_full_scale.ipynb #3f469492
 def random_pipeline(sizes: Sizes, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa", compiled: Sequence[str] = (), **settings) -> StreamR1Pipeline:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,29 +15,106 @@ from .conventions import check_tensor
 from .reward import RewardModel
 
 # %% auto #0
-__all__ = ['pixel_saliency', 'patch_saliency', 'pool_to_latent', 'fuse_axes', 'unit_range', 'factor', 'Weights', 'factor_weights']
+__all__ = ['Layout', 'axis_gradients', 'pixel_saliency', 'PatchRewardModel', 'from_blocks', 'patch_saliency_maps',
+           'patch_saliency', 'pool_to_latent', 'fuse_axes', 'unit_range', 'factor', 'Weights', 'factor_weights']
 
 # %% ../nbs/10_saliency.ipynb #9feaaae4
-def pixel_saliency(model: RewardModel, pixels: torch.Tensor, prompts: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Rewards {axis: [B]} and saliency {axis: [B,T,H,W]} of clips [B,T,3,H,W]: one forward pass, one backward pass an axis.
+def axis_gradients(rewards: dict[str, torch.Tensor], leaf: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradient {axis: like leaf} of the summed rewards {axis: [B]} at `leaf`, one backward pass an axis.
 
-    Saliency is the L2 norm over colours of d reward / d pixel. Clips of a batch do not mix. FloatingPointError names axis and clip if a gradient is not finite.
+    The first axis of `leaf` counts clips, or equal shares of clips. FloatingPointError names axis and
+    clip if a gradient is not finite.
+    """
+    gradients, last = {}, list(rewards)[-1]
+    for axis, r in rewards.items():
+        g, = torch.autograd.grad(r.sum(), leaf, retain_graph=axis != last)
+        if not (finite := g.isfinite().reshape(len(r), -1).all(1)).all():
+            clip = (~finite).nonzero()[0].item()
+            raise FloatingPointError(f"saliency: the gradient of {axis} is not finite for clip {clip}")
+        gradients[axis] = g
+    return gradients
+
+
+def pixel_saliency(model: RewardModel, pixels: torch.Tensor,
+                   prompts: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Rewards {axis: [B]} and saliency {axis: [B,T,H,W]} of clips [B,T,3,H,W], of one forward pass.
+
+    Saliency is the L2 norm over colours of d reward / d pixel, by one backward pass an axis. Clips of
+    a batch do not mix. FloatingPointError names axis and clip if a gradient is not finite.
     """
     leaf = check_tensor("pixels", pixels, "B T C H W", C=3).detach().requires_grad_()
     with torch.enable_grad():
         rewards = model(leaf, prompts)
-        gradients = {axis: torch.autograd.grad(r.sum(), leaf, retain_graph=axis != list(rewards)[-1])[0] for axis, r in rewards.items()}
-    for axis, g in gradients.items():
-        if not (finite := g.isfinite().flatten(1).all(1)).all():
-            raise FloatingPointError(f"saliency: the gradient of {axis} is not finite for clip {(~finite).nonzero()[0].item()}")
-    return {axis: r.detach() for axis, r in rewards.items()}, {axis: g.norm(dim=2) for axis, g in gradients.items()}
+        gradients = axis_gradients(rewards, leaf)
+    return {a: r.detach() for a, r in rewards.items()}, {a: g.norm(dim=2) for a, g in gradients.items()}
+
+# %% ../nbs/10_saliency.ipynb #f3ac4c04
+Layout = Literal["raster", "published"]
+
+
+class PatchRewardModel(RewardModel, Protocol):
+    """A reward model that shows its patches, which lie in the order (t, h/merge, w/merge, merge, merge).
+
+    `to_patches` turns pixels [B,T,3,H,W] into patches [B·t·h·w, values] and a grid [B,3] of equal
+    (t, h, w); `score_patches` turns these and B prompts into {axis: [B]}, differentiable to patches.
+    """
+    merge: int
+    def to_patches(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def score_patches(self, patches: torch.Tensor, grid: torch.Tensor,
+                      prompts: list[str]) -> dict[str, torch.Tensor]: ...
+
+
+def from_blocks(values: torch.Tensor, grid: tuple[int, int, int], merge: int,
+                layout: Layout = "raster") -> torch.Tensor:
+    """One value a patch [B·t·h·w] in the order of merge x merge blocks -> maps [B,t,h,w].
+
+    "raster" puts each value at its patch; "published" views the list as rows, as the published code
+    does. ValueError for another layout, or a grid (t, h, w) that blocks or values do not fill.
+    """
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout: expected {' or '.join(get_args(Layout))}, got {layout!r}")
+    t, h, w = grid
+    if h % merge or w % merge or values.ndim != 1 or len(values) % (t * h * w):
+        raise ValueError(f"values: expected [B x {t} x {h} x {w}] in blocks of {merge} x {merge}, "
+                         f"got {tuple(values.shape)}")
+    if layout == "published":
+        return values.view(-1, t, h, w)
+    blocks = values.view(-1, t, h // merge, w // merge, merge, merge)
+    return blocks.transpose(3, 4).reshape(-1, t, h, w)
+
+# %% ../nbs/10_saliency.ipynb #97f65ac4
+def patch_saliency_maps(model: PatchRewardModel, pixels: torch.Tensor, prompts: list[str],
+                        layout: Layout = "raster") -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Rewards {axis: [B]} and saliency {axis: [B,t,h,w]} of clips [B,T,3,H,W], one value a patch.
+
+    Saliency is the L2 norm of d reward / d patch: one forward pass, one backward pass an axis. For
+    `layout` see `from_blocks`. FloatingPointError names axis and clip if a gradient is not finite.
+    Source: Stream-R1's pixel saliency, whose layout is "published".
+    """
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout: expected {' or '.join(get_args(Layout))}, got {layout!r}")
+    check_tensor("pixels", pixels, "B T C H W", B=len(prompts), C=3)
+    with torch.no_grad():
+        patches, grid = model.to_patches(pixels)
+    with torch.enable_grad():
+        rewards = model.score_patches(patches.requires_grad_(), grid, prompts)
+        gradients = axis_gradients(rewards, patches)
+    maps = {axis: from_blocks(g.norm(dim=-1), tuple(grid[0].tolist()), model.merge, layout)
+            for axis, g in gradients.items()}
+    return {axis: r.detach() for axis, r in rewards.items()}, maps
 
 # %% ../nbs/10_saliency.ipynb #48dd68cb
 def patch_saliency(gradient: torch.Tensor, grid: tuple[int, int, int], merge: int = 1) -> torch.Tensor:
-    """The published way: gradient [patches, values] at flattened patches -> L2 norm per patch, mean over merge x merge patches, [1,t,h,w]."""
+    """The published pooling of a gradient [patches, values] at flattened patches: [1,t,h/merge,w/merge].
+
+    L2 norm per patch, then the mean over merge x merge patches that follow each other. With merge=1 the
+    patches are viewed as rows, so for a tower that lists them in blocks this is the scrambled map
+    (`from_blocks` knows both). ValueError if (t, h, w) is not filled.
+    """
     t, h, w = grid[0], grid[1] // merge, grid[2] // merge
     if gradient.ndim != 2 or len(gradient) % (t * h * w):
-        raise ValueError(f"gradient: expected [patches, values] with a multiple of {t} x {h} x {w} patches, got {tuple(gradient.shape)}")
+        raise ValueError(f"gradient: expected [patches, values] with a multiple of {t} x {h} x {w} patches, "
+                         f"got {tuple(gradient.shape)}")
     return gradient.norm(dim=-1).view(1, t, h, w, -1).mean(-1)
 
 # %% ../nbs/10_saliency.ipynb #c438100a

@@ -5,6 +5,7 @@ committed ones, `readme` writes README.md from nbs/index.ipynb.
 """
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -74,21 +75,98 @@ def problems(path: Path) -> list[str]:
     return found
 
 
+def parsed(source: str) -> ast.Module:
+    """A cell's code as a tree; lines for the notebook itself (%magic, !command) count as nothing."""
+    return ast.parse(re.sub(r"^[%!].*$", "pass", source, flags=re.M))
+
+
+def defined(source: str) -> list[str]:
+    """What a cell defines. A patched special method, or forward, stands under its class's name:
+    it is used without its own."""
+    found = []
+    for node in parsed(source).body:
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            continue
+        hidden = node.name.startswith("__") or node.name == "forward"
+        owner = node.args.args[0].annotation if hidden and node.args.args else None
+        found.append(owner.id if isinstance(owner, ast.Name) else node.name)
+    return found
+
+
+def mentioned(tree: ast.AST) -> set[str]:
+    """All names and attributes in a piece of code."""
+    nodes = list(ast.walk(tree))
+    return ({n.id for n in nodes if isinstance(n, ast.Name)}
+            | {n.attr for n in nodes if isinstance(n, ast.Attribute)})
+
+
+def checks(tree: ast.AST) -> list[ast.AST]:
+    """What a cell asserts: conditions, and calls of fastcore's test_eq, test_close, test_fail."""
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+             and n.func.id.startswith("test_")]
+    return [n.test for n in ast.walk(tree) if isinstance(n, ast.Assert)] + calls
+
+
+def can_fail(check: ast.AST) -> bool:
+    """False for a comparison of an expression with itself, and for a tuple, which is always true."""
+    sides = [check]
+    if isinstance(check, ast.Compare):
+        sides = [check.left, *check.comparators]
+    elif isinstance(check, ast.Call) and getattr(check.func, "id", "") in ("test_eq", "test_close"):
+        sides = check.args[:2]
+    same = len(sides) > 1 and ast.dump(sides[0]) == ast.dump(sides[1])
+    return not same and not isinstance(check, ast.Tuple)
+
+
+def follows(tree: ast.Module, names: set[str]) -> set[str]:
+    """`names` and all variables of a cell whose values are made from them, or changed by a call."""
+    known, size = set(names), -1
+    while len(known) > size:
+        size = len(known)
+        for node in ast.walk(tree):
+            target, value = None, None
+            if isinstance(node, ast.Assign):
+                target, value = ast.Tuple(node.targets), node.value
+            elif isinstance(node, (ast.AnnAssign, ast.AugAssign, ast.NamedExpr)):
+                target, value = node.target, node.value
+            elif isinstance(node, (ast.For, ast.comprehension)):
+                target, value = node.target, node.iter
+            elif isinstance(node, ast.withitem):
+                target, value = node.optional_vars, node.context_expr
+            elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+                target, value = node.value, node.value.func      # it may change what it is given
+            elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                target, value = ast.Name(node.name), ast.Module(node.body, [])
+            if target is not None and value is not None and mentioned(value) & known:
+                known |= {n.id for n in ast.walk(target) if isinstance(n, ast.Name)}
+    return known
+
+
+def is_test_of(source: str, names: list[str]) -> bool:
+    """Whether a cell that exports nothing asserts something that depends on one of `names`."""
+    if "#| export" in source:
+        return False
+    tree = parsed(source)
+    named = set(names) & mentioned(tree)
+    known = follows(tree, named)
+    return bool(named) and any(mentioned(c) & known and can_fail(c) for c in checks(tree))
+
+
 def teaching(path: Path) -> dict:
-    """Measures of a chapter: words of prose, median lines of a code cell, exported definitions, and those with no test behind them."""
+    """Measures of a notebook: words of prose, lines of its longest cell, exported definitions, and
+    those cells of definitions of which no test in the next three cells depends on any."""
     cells = nbformat.read(path, as_version=4).cells
     code = [c.source for c in cells if c.cell_type == "code" and c.source.strip()]
-    names = lambda source: re.findall(r"^(?:def|class) ([A-Za-z]\w*)", source, re.M)
-    tests = lambda source: "#| export" not in source and re.search(r"\btest_|\bassert\b", source)
     exported, untested = [], []
     for i, source in enumerate(code):
-        if "#| export" in source:
-            exported += names(source)
-            if not any(map(tests, code[i + 1:i + 4])):
-                untested += names(source)
-    lines = sorted(len([x for x in s.splitlines() if x.strip() and not x.startswith("#|")]) for s in code)
-    return {"notebook": path.stem, "words": sum(len(c.source.split()) for c in cells if c.cell_type == "markdown"),
-            "median_cell": lines[len(lines) // 2], "longest_cell": lines[-1], "exported": len(exported), "untested": untested}
+        if "#| export" in source and (names := defined(source)):
+            exported += names
+            if not any(is_test_of(behind, names) for behind in code[i + 1:i + 4]):
+                untested += names
+    filled = lambda source: [x for x in source.splitlines() if x.strip() and not x.startswith("#|")]
+    return {"notebook": path.stem, "longest_cell": max(map(len, map(filled, code)), default=0),
+            "words": sum(len(c.source.split()) for c in cells if c.cell_type == "markdown"),
+            "exported": len(exported), "untested": untested}
 
 
 def readme() -> str:
@@ -112,9 +190,10 @@ def main(command: str = "check", *names: str) -> None:
         (ROOT / "README.md").write_text(readme(), encoding="utf-8")
     elif command == "check":
         wrong = [f"{path.name}: {problem}" for path in paths for problem in problems(path)]
-        print(f"{'notebook':24}{'words':>7}{'median cell':>13}{'longest':>9}{'exported':>10}  untested")
+        print(f"{'notebook':24}{'words':>7}{'longest':>9}{'exported':>10}  untested")
         for row in map(teaching, paths):
-            print(f"{row['notebook']:24}{row['words']:7}{row['median_cell']:13}{row['longest_cell']:9}{row['exported']:10}  {', '.join(row['untested']) or 0}")
+            numbers = f"{row['words']:7}{row['longest_cell']:9}{row['exported']:10}"
+            print(f"{row['notebook']:24}{numbers}  {', '.join(row['untested']) or 0}")
         raise SystemExit("\n".join(wrong) or 0)
     else:
         raise SystemExit(__doc__)

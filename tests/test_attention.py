@@ -75,6 +75,8 @@ def test_tables_follow_the_rule(sizes, window, sink):
 @given(frames=st.integers(1, 40), per_block=st.integers(1, 5))
 def test_block_sizes_cover_all_frames(frames, per_block):
     if frames < per_block:
+        with pytest.raises(ValueError, match="num_frames: expected at least frames_per_block"):
+            block_sizes(frames, per_block)
         return
     sizes = block_sizes(frames, per_block)
     assert sum(sizes) == frames and per_block <= sizes[0] < 2 * per_block and set(sizes[1:]) <= {per_block}

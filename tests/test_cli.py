@@ -33,7 +33,8 @@ def test_demo_writes_the_same_files_twice(tmp_path):
         else:
             assert a.read_bytes() == b.read_bytes(), file
     metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
-    assert metrics["rows"]["DMD"] != metrics["rows"]["before"] != metrics["rows"]["Stream-R1"]
+    rows = metrics["rows"]
+    assert rows["DMD"] != rows["before"] != rows["Stream-R1"] != rows["DMD"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

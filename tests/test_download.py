@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -9,7 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-FILES = {"a.safetensors": os.urandom(3_000), "b.safetensors": os.urandom(5_000), "README.md": b"not asked for"}
+BYTES = random.Random(0).randbytes
+FILES = {"a.safetensors": BYTES(3_000), "b.safetensors": BYTES(5_000), "README.md": b"not asked for"}
 COMMIT = "a" * 40
 
 

@@ -60,7 +60,7 @@ def test_published_training_rollout(golden, name):
 
 
 def test_published_training_differs_from_inference_from_the_fourth_block_on(golden):
-    """errata.md 1: the EMA sink moves at inference only."""
+    """Erratum 1: the EMA sink moves at inference only."""
     tensors, info, net, cache, renoise = published(golden, "rollout_inference")
     args = (net, tensors["noise"], tensors["prompt_embeds"], FlowSchedule(), info["step_list"], [3], 3)
     frozen, static, moving = (self_forcing_rollout(*args, cache=c, evict=e, renoise=renoise).latents
@@ -84,10 +84,14 @@ def randn(*shape, seed=0):
                          ids=["ema", "static", "window", "full"])
 @pytest.mark.parametrize("frames, per_block", [(21, 3), (10, 3), (8, 1), (11, 4)])
 def test_any_frame_count_and_block_size(cache, frames, per_block):
-    if cache.window_frames and frames % per_block + per_block > cache.window_frames - cache.num_sink:
-        return
     sampler = StreamSampler(small_net().requires_grad_(False), steps=(1000, 500), frames_per_block=per_block, cache=cache)
-    out = sampler.sample(randn(2, frames, 4, 4, 6), randn(2, 5, 16), generator=torch.Generator().manual_seed(0))
+    noise, prompt, first = randn(2, frames, 4, 4, 6), randn(2, 5, 16), frames % per_block + per_block
+    make = lambda: sampler.sample(noise, prompt, generator=torch.Generator().manual_seed(0))
+    if cache.window_frames and first > cache.window_frames - cache.num_sink:
+        with pytest.raises(ValueError, match=rf"window_frames: expected at least sink_frames \+ the block = 3 \+ {first}, got 9"):
+            make()
+        return
+    out = make()
     assert out.shape == (2, frames, 4, 4, 6) and out.isfinite().all()
 
 

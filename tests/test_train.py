@@ -59,8 +59,10 @@ def whole(tmp_path_factory):
 
 
 def test_killed_at_a_random_moment_and_resumed_bit_for_bit(whole, tmp_path):
+    seed = int(os.environ.get("STREAMR1_TEST_SEED") or random.SystemRandom().randrange(2**32))
+    print(f"to kill at the same step again: STREAMR1_TEST_SEED={seed}")          # pytest shows it if this test fails
+    wanted = random.Random(seed).choice([1, 2, 3, 4])
     process = subprocess.Popen([*CLI, *FIVE, "--out", str(tmp_path)], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wanted = random.SystemRandom().choice([1, 2, 3, 4])
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if (tmp_path / "log.jsonl").exists() and len((tmp_path / "log.jsonl").read_text().splitlines()) >= wanted:
@@ -90,7 +92,8 @@ def test_two_processes_are_one_and_one_goes_on_where_two_stopped(whole, tmp_path
     assert len(log(tmp_path)) == 5
     assert log(tmp_path)[4]["loss"] == pytest.approx(log(whole)[4]["loss"], rel=1e-5)
     (_, ours), (_, theirs) = checkpoint_tensors(tmp_path), checkpoint_tensors(whole)
-    assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs if name.startswith("average")) < 1e-4
+    averages = [name for name in theirs if name.startswith("average")]
+    assert averages and all(((ours[name] - theirs[name]).abs() < 1e-4).all() for name in averages)
 
 
 def test_a_rank_that_dies_stops_the_others_and_torchrun_resumes(whole, tmp_path):
