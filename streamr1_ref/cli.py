@@ -228,6 +228,17 @@ def wan_run(preset: str = "wan-1.3b", **changes) -> WanRun:
         files["teacher_size"] = None                                    # here another teacher may be given as it is
     return WanRun(**{**vars(PRESETS[preset]), "preset": preset, **files, **changes})
 
+# %% ../nbs/cli.ipynb #7b2a4afe
+@patch
+def save(self: WanRun, weights: dict[str, torch.Tensor]) -> Path:
+    "Write the average of a run, in official naming."
+    return save_tensors(Path(self.out) / "student.safetensors", weights)
+
+@patch
+def prompts(self: WanRun) -> PromptFile:
+    "The lines of `data`."
+    return PromptFile(self.data)
+
 # %% ../nbs/cli.ipynb #216d405f
 @patch
 def check(self: WanRun, processes: int) -> None:
@@ -305,17 +316,6 @@ def models(self: WanRun) -> Models:
 def gpu_memory() -> float | None:
     """Bytes of memory of this process' GPU; None without one."""
     return torch.cuda.get_device_properties(default_device()).total_memory if default_device().type == "cuda" else None
-
-# %% ../nbs/cli.ipynb #7b2a4afe
-@patch
-def save(self: WanRun, weights: dict[str, torch.Tensor]) -> Path:
-    "Write the average of a run, in official naming."
-    return save_tensors(Path(self.out) / "student.safetensors", weights)
-
-@patch
-def prompts(self: WanRun) -> PromptFile:
-    "The lines of `data`."
-    return PromptFile(self.data)
 
 # %% ../nbs/cli.ipynb #eb0efb38
 def train(run: TinyRun | WanRun) -> None:
