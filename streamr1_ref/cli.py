@@ -47,7 +47,7 @@ from .teacher import (TeacherTraining, codec_floor, evaluate_teacher, load_teach
                                   train_teacher)
 from .train import PRESETS, TrainConfig, Trainer, all_or_none, in_turn, shard, start_processes
 from .transformer import WanConfig, WanTransformer, load_wan_weights
-from .video_reward import load_video_reward
+from .video_reward import RewardInput, load_video_reward, question
 from .wan import (NETWORKS, SIZES, PromptFile, UMT5Text, check_finite, compile_blocks, config_of, convert, embed_prompts,
                               latent_size_of, load_text, model_size, official, read_weights, wan_models, wan_pipeline)
 from .world import Oracle, caption_split, mixed_clips, sample_clips
@@ -188,6 +188,7 @@ class WanRun(TrainConfig):
     reward: str = "weights/video-reward"   # checkpoint folder of VideoAlign; plain DMD needs none
     reward_base: str = "weights/qwen2-vl"  # the model that it was tuned from
     reward_size: tuple[int, int] = (336, 588)   # height and width of what the reward model sees, multiples of 28
+    reward_input: RewardInput = field(default_factory=RewardInput)     # how frames reach it; the defaults are Stream-R1's
     template: str | None = None            # file with the checkpoint's question; without it our own wording, with a warning
     text_cache: str | None = None          # folder of `streamr1 embed`; if all prompts are there, no text encoder is loaded
     resolution: tuple[int, int] = (480, 832)    # height and width of the videos, multiples of 16
@@ -242,6 +243,8 @@ def check(self: WanRun, processes: int) -> None:
         if expected is not None and model_size(nets[-1]) != expected:
             found = model_size(nets[-1])
             raise ValueError(f"path: expected the weights of Wan2.1 {expected}, {path} holds those of {found}")
+    if self.weighting.needs_reward and self.template:
+        question(self.template)
     if (Path(self.base) / "tokenizer").is_dir():                        # else loading says what is missing
         tokens = self.text(encoder=False, cache=self.out)
         try:
@@ -277,7 +280,8 @@ def models(self: WanRun) -> Models:
     """
     device, reward, encoder = default_device(), None, True
     if self.weighting.needs_reward:
-        reward = load_video_reward(self.reward, self.reward_base, self.template, self.compute_dtype, self.reward_size).to(device)
+        reward = load_video_reward(self.reward, self.reward_base, self.template, self.compute_dtype, self.reward_size,
+                                   self.reward_input).to(device)
     if self.embeddings and (Path(self.base) / "text_encoder").is_dir():
         wanted = self.needed_prompts()
         absent = len(self.text(encoder=False).missing(wanted))

@@ -123,12 +123,15 @@ def to_bytes(clip: torch.Tensor, enlarge: int = 1) -> torch.Tensor:
     return frames.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3).permute(0, 2, 3, 1).contiguous()
 
 def write_mp4(path: str | Path, clip: torch.Tensor | Iterable[torch.Tensor], fps: int = 16, enlarge: int = 1) -> Path:
-    """Write one clip [T,3,H,W] in [0,1], or any iterable of frames [3,H,W], as H.264; each pixel becomes a square of `enlarge` pixels. Returns the path.
+    """Write one clip [T,3,H,W] in [0,1], or any iterable of frames [3,H,W], as H.264. Returns the path.
 
-    The file has its name when it is whole. ValueError for odd sides or no frame.
+    Each pixel becomes a square of `enlarge` pixels. The same frames give the same bytes. The file has its name when it is
+    whole. ValueError for odd sides or no frame.
     """
     path = Path(path)
-    frames = (to_bytes(frame[None], enlarge)[0].numpy() for frame in (clip if not isinstance(clip, torch.Tensor) else check_tensor("clip", clip, "T C H W", C=3)))
+    if isinstance(clip, torch.Tensor):
+        check_tensor("clip", clip, "T C H W", C=3)
+    frames = (to_bytes(frame[None], enlarge)[0].numpy() for frame in clip)
     if (first := next(frames, None)) is None:
         raise ValueError("clip: expected at least one frame, got none")
     H, W = first.shape[:2]
@@ -138,7 +141,8 @@ def write_mp4(path: str | Path, clip: torch.Tensor | Iterable[torch.Tensor], fps
     partial = path.with_name(f".{path.name[-80:]}.partial")
     try:
         with av.open(str(partial), "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=fps, options={"crf": "18"})
+            settings = {"crf": "18", "x264-params": "mbtree=0"}         # mb-tree's rounding differs from run to run
+            stream = container.add_stream("libx264", rate=fps, options=settings)
             stream.height, stream.width, stream.pix_fmt = H, W, "yuv420p"
             for frame in chain([first], frames):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

@@ -25,13 +25,13 @@ from .flow import FlowSchedule
 from .reliability import effective_sample_size, rollout_weight
 from .reward import AXES, RewardModel, load_reward
 from .rollout import draw_exit_steps, load_student, self_forcing_rollout
-from .saliency import factor_weights, fuse_axes, pixel_saliency, pool_to_latent
+from .saliency import factor_weights, fuse_axes, patch_saliency_maps, pixel_saliency, pool_to_latent
 from .teacher import TextEncoder, load_teacher, seeded
 from .transformer import WanTransformer
 
 # %% auto #0
-__all__ = ['METHODS', 'stream_r1_loss', 'Weighting', 'Judged', 'judge_rollouts', 'Models', 'tiny_models', 'Distillation',
-           'shuffled', 'prompt_numbers', 'Distiller', 'clip_gradient']
+__all__ = ['METHODS', 'stream_r1_loss', 'Weighting', 'Judged', 'saliency_maps', 'judge_rollouts', 'Models', 'tiny_models',
+           'Distillation', 'shuffled', 'prompt_numbers', 'Distiller', 'clip_gradient']
 
 # %% ../nbs/12_stream_r1.ipynb #c0e2c3a6
 def stream_r1_loss(x: torch.Tensor, gradient: torch.Tensor, reward: torch.Tensor, intra_weight: torch.Tensor | None = None,
@@ -65,14 +65,19 @@ class Weighting:
     self_normalise: bool = False       # divide the weights by their mean over the batch
     spatial: bool = True               # intra-perplexity: weights per region ...
     temporal: bool = True              # ... and per frame
-    saliency: Literal["pixels", "patches", "published"] = "pixels"     # what the reward is differentiated by
-    fusion: str = "adaptive"           # of the axes' saliency maps
+    saliency: Literal["pixels", "patches", "published"] = "pixels"     # see `saliency_maps`
+    fusion: Literal["adaptive", "mean", "max"] = "adaptive"            # of the axes' saliency maps
     temperature: float = 1.0
     spatial_floor: float = 0.15
     temporal_floor: float = 0.2
     balance: float = 0.5               # adaptive balancing; 0 is off
     balance_window: int = 50
     balance_warmup: int = 50
+
+    def __post_init__(self):
+        for name, known in (("saliency", ("pixels", "patches", "published")), ("fusion", ("adaptive", "mean", "max"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
 
     @property
     def needs_saliency(self) -> bool:
@@ -96,20 +101,42 @@ class Judged:
     intra_weight: torch.Tensor | None      # [B,F,H,W]
 
 # %% ../nbs/12_stream_r1.ipynb #1c9a52b7
-def judge_rollouts(model: RewardModel, codec: LatentCodec, latents: torch.Tensor, prompts: list[str], cfg: Weighting) -> Judged:
-    """Decode latents [B,F,C,h,w] once, score them, and turn rewards and saliency into weights. FloatingPointError names a bad axis and clip."""
+def saliency_maps(model: RewardModel, pixels: torch.Tensor, prompts: list[str], latent_size: tuple[int, int, int],
+                  kind: str = "pixels") -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Rewards {axis: [B]} and saliency {axis: [B,F,h,w]} on the latent grid, of clips [B,T,3,H,W].
+
+    "pixels" takes the gradient at the pixels and collects what belongs to each latent. "patches" takes it at the reward
+    model's patches, for a `PatchRewardModel`, and interpolates trilinearly. "published" does the same and leaves the
+    patches in the order in which the published code reads them, which scrambles the map (errata 19). TypeError for a
+    model that does not show its patches.
+    """
+    if kind == "pixels":
+        rewards, maps = pixel_saliency(model, pixels, prompts)
+        return rewards, {axis: pool_to_latent(m, latent_size, causal=True) for axis, m in maps.items()}
+    if not hasattr(model, "score_patches"):
+        raise TypeError(f"saliency: expected a reward model with to_patches and score_patches for {kind!r}, "
+                        f"got {type(model).__name__}; take saliency='pixels'")
+    layout = "published" if kind == "published" else "raster"
+    rewards, maps = patch_saliency_maps(model, pixels, prompts, layout)
+    return rewards, {axis: pool_to_latent(m, latent_size) for axis, m in maps.items()}
+
+def judge_rollouts(model: RewardModel, codec: LatentCodec, latents: torch.Tensor, prompts: list[str],
+                   cfg: Weighting) -> Judged:
+    """Scores and weights of rollouts, latents [B,F,C,h,w], decoded once. FloatingPointError names a bad axis and clip."""
+    grid = (latents.shape[1], *latents.shape[3:])
     with torch.no_grad():
         pixels = codec.decode(latents.detach()).clamp(0, 1)
-        rewards, maps = (model(pixels, prompts), {}) if not cfg.needs_saliency else pixel_saliency(model, pixels, prompts)
+        rewards, maps = (saliency_maps(model, pixels, prompts, grid, cfg.saliency) if cfg.needs_saliency
+                         else (model(pixels, prompts), {}))
     for axis, r in rewards.items():
         if not r.isfinite().all():
             raise FloatingPointError(f"reward: {axis} is not finite for clip {(~r.isfinite()).nonzero()[0].item()}")
     reward = torch.stack([rewards[axis] for axis in cfg.axes]).double().mean(0)
     if not cfg.needs_saliency:
         return Judged(rewards, reward, None)
-    pooled = {axis: pool_to_latent(m, (latents.shape[1], *latents.shape[3:]), causal=True) for axis, m in maps.items()}
-    weights = factor_weights(fuse_axes(pooled, rewards, cfg.fusion, cfg.temperature), spatial_floor=cfg.spatial_floor, temporal_floor=cfg.temporal_floor,
-                             spatial_strength=float(cfg.spatial), temporal_strength=float(cfg.temporal))
+    weights = factor_weights(fuse_axes(maps, rewards, cfg.fusion, cfg.temperature), spatial_floor=cfg.spatial_floor,
+                             temporal_floor=cfg.temporal_floor, spatial_strength=float(cfg.spatial),
+                             temporal_strength=float(cfg.temporal))
     return Judged(rewards, reward, weights.weight)
 
 # %% ../nbs/12_stream_r1.ipynb #2e81c44b
@@ -191,6 +218,9 @@ class Distiller:
                  cfg: Distillation = Distillation(), fused: bool | None = None):
         if weighting.needs_reward and models.reward is None:
             raise ValueError("models: expected a reward model for this weighting, got None; plain DMD needs none")
+        if weighting.needs_saliency and weighting.saliency != "pixels" and not hasattr(models.reward, "score_patches"):
+            raise TypeError(f"saliency: expected a reward model that shows its patches for {weighting.saliency!r}, "
+                            f"got {type(models.reward).__name__}")
         self.models, self.prompts, self.weighting, self.cfg = models, prompts, weighting, cfg
         self.fused = next(models.student.parameters()).is_cuda if fused is None else fused
         adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr, betas=cfg.betas, weight_decay=cfg.weight_decay,

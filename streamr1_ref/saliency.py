@@ -20,52 +20,63 @@ __all__ = ['Layout', 'axis_gradients', 'pixel_saliency', 'PatchRewardModel', 'fr
 
 # %% ../nbs/10_saliency.ipynb #9feaaae4
 def axis_gradients(rewards: dict[str, torch.Tensor], leaf: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Gradient {axis: like leaf} of the summed rewards {axis: [B]} at `leaf`, one backward pass an axis.
+    """Gradient {axis: like leaf} of the summed rewards {axis: [B]} at `leaf`, one backward pass an
+    axis.
 
-    The first axis of `leaf` counts clips, or equal shares of clips. FloatingPointError names axis and
-    clip if a gradient is not finite.
+    The first axis of `leaf` counts clips, or equal shares of clips. FloatingPointError names axis
+    and clip if a gradient is not finite.
     """
     gradients, last = {}, list(rewards)[-1]
     for axis, r in rewards.items():
-        g, = torch.autograd.grad(r.sum(), leaf, retain_graph=axis != last)
+        (g,) = torch.autograd.grad(r.sum(), leaf, retain_graph=axis != last)
         if not (finite := g.isfinite().reshape(len(r), -1).all(1)).all():
             clip = (~finite).nonzero()[0].item()
-            raise FloatingPointError(f"saliency: the gradient of {axis} is not finite for clip {clip}")
+            raise FloatingPointError(
+                f"saliency: the gradient of {axis} is not finite for clip {clip}"
+            )
         gradients[axis] = g
     return gradients
 
 
-def pixel_saliency(model: RewardModel, pixels: torch.Tensor,
-                   prompts: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def pixel_saliency(
+    model: RewardModel, pixels: torch.Tensor, prompts: list[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Rewards {axis: [B]} and saliency {axis: [B,T,H,W]} of clips [B,T,3,H,W], of one forward pass.
 
-    Saliency is the L2 norm over colours of d reward / d pixel, by one backward pass an axis. Clips of
-    a batch do not mix. FloatingPointError names axis and clip if a gradient is not finite.
+    Saliency is the L2 norm over colours of d reward / d pixel, by one backward pass an axis. Clips
+    of a batch do not mix. FloatingPointError names axis and clip if a gradient is not finite.
     """
     leaf = check_tensor("pixels", pixels, "B T C H W", C=3).detach().requires_grad_()
     with torch.enable_grad():
         rewards = model(leaf, prompts)
         gradients = axis_gradients(rewards, leaf)
-    return {a: r.detach() for a, r in rewards.items()}, {a: g.norm(dim=2) for a, g in gradients.items()}
+    return {a: r.detach() for a, r in rewards.items()}, {
+        a: g.norm(dim=2) for a, g in gradients.items()
+    }
 
 # %% ../nbs/10_saliency.ipynb #f3ac4c04
 Layout = Literal["raster", "published"]
 
 
 class PatchRewardModel(RewardModel, Protocol):
-    """A reward model that shows its patches, which lie in the order (t, h/merge, w/merge, merge, merge).
+    """A reward model that shows its patches, listed in merge x merge blocks.
 
-    `to_patches` turns pixels [B,T,3,H,W] into patches [B·t·h·w, values] and a grid [B,3] of equal
-    (t, h, w); `score_patches` turns these and B prompts into {axis: [B]}, differentiable to patches.
+    Their order is (t, h/merge, w/merge, merge, merge). `to_patches` turns pixels [B,T,3,H,W] into
+    patches [B·t·h·w, values] and a grid [B,3] of equal (t, h, w); `score_patches` turns these and B
+    prompts into {axis: [B]}, differentiable to patches.
     """
+
     merge: int
+
     def to_patches(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
-    def score_patches(self, patches: torch.Tensor, grid: torch.Tensor,
-                      prompts: list[str]) -> dict[str, torch.Tensor]: ...
+    def score_patches(
+        self, patches: torch.Tensor, grid: torch.Tensor, prompts: list[str]
+    ) -> dict[str, torch.Tensor]: ...
 
-
-def from_blocks(values: torch.Tensor, grid: tuple[int, int, int], merge: int,
-                layout: Layout = "raster") -> torch.Tensor:
+# %% ../nbs/10_saliency.ipynb #b09f2a06
+def from_blocks(
+    values: torch.Tensor, grid: tuple[int, int, int], merge: int, layout: Layout = "raster"
+) -> torch.Tensor:
     """One value a patch [B·t·h·w] in the order of merge x merge blocks -> maps [B,t,h,w].
 
     "raster" puts each value at its patch; "published" views the list as rows, as the published code
@@ -75,16 +86,19 @@ def from_blocks(values: torch.Tensor, grid: tuple[int, int, int], merge: int,
         raise ValueError(f"layout: expected {' or '.join(get_args(Layout))}, got {layout!r}")
     t, h, w = grid
     if h % merge or w % merge or values.ndim != 1 or len(values) % (t * h * w):
-        raise ValueError(f"values: expected [B x {t} x {h} x {w}] in blocks of {merge} x {merge}, "
-                         f"got {tuple(values.shape)}")
+        raise ValueError(
+            f"values: expected [B x {t} x {h} x {w}] in blocks of {merge} x {merge}, "
+            f"got {tuple(values.shape)}"
+        )
     if layout == "published":
         return values.view(-1, t, h, w)
     blocks = values.view(-1, t, h // merge, w // merge, merge, merge)
     return blocks.transpose(3, 4).reshape(-1, t, h, w)
 
 # %% ../nbs/10_saliency.ipynb #97f65ac4
-def patch_saliency_maps(model: PatchRewardModel, pixels: torch.Tensor, prompts: list[str],
-                        layout: Layout = "raster") -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def patch_saliency_maps(
+    model: PatchRewardModel, pixels: torch.Tensor, prompts: list[str], layout: Layout = "raster"
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Rewards {axis: [B]} and saliency {axis: [B,t,h,w]} of clips [B,T,3,H,W], one value a patch.
 
     Saliency is the L2 norm of d reward / d patch: one forward pass, one backward pass an axis. For
@@ -99,48 +113,86 @@ def patch_saliency_maps(model: PatchRewardModel, pixels: torch.Tensor, prompts: 
     with torch.enable_grad():
         rewards = model.score_patches(patches.requires_grad_(), grid, prompts)
         gradients = axis_gradients(rewards, patches)
-    maps = {axis: from_blocks(g.norm(dim=-1), tuple(grid[0].tolist()), model.merge, layout)
-            for axis, g in gradients.items()}
+    maps = {
+        axis: from_blocks(g.norm(dim=-1), tuple(grid[0].tolist()), model.merge, layout)
+        for axis, g in gradients.items()
+    }
     return {axis: r.detach() for axis, r in rewards.items()}, maps
 
 # %% ../nbs/10_saliency.ipynb #48dd68cb
-def patch_saliency(gradient: torch.Tensor, grid: tuple[int, int, int], merge: int = 1) -> torch.Tensor:
-    """The published pooling of a gradient [patches, values] at flattened patches: [1,t,h/merge,w/merge].
+def patch_saliency(
+    gradient: torch.Tensor, grid: tuple[int, int, int], merge: int = 1
+) -> torch.Tensor:
+    """The published pooling of a gradient [patches, values] at flattened patches:
+    [1,t,h/merge,w/merge].
 
-    L2 norm per patch, then the mean over merge x merge patches that follow each other. With merge=1 the
-    patches are viewed as rows, so for a tower that lists them in blocks this is the scrambled map
-    (`from_blocks` knows both). ValueError if (t, h, w) is not filled.
+    L2 norm per patch, then the mean over merge x merge patches that follow each other. With merge=1
+    the patches are viewed as rows, so for a tower that lists them in blocks this is the scrambled
+    map (`from_blocks` knows both). ValueError if (t, h, w) is not filled.
     """
     t, h, w = grid[0], grid[1] // merge, grid[2] // merge
     if gradient.ndim != 2 or len(gradient) % (t * h * w):
-        raise ValueError(f"gradient: expected [patches, values] with a multiple of {t} x {h} x {w} patches, "
-                         f"got {tuple(gradient.shape)}")
+        raise ValueError(
+            f"gradient: expected [patches, values] with a multiple of {t} x {h} x {w} patches, "
+            f"got {tuple(gradient.shape)}"
+        )
     return gradient.norm(dim=-1).view(1, t, h, w, -1).mean(-1)
 
 # %% ../nbs/10_saliency.ipynb #c438100a
-def pool_to_latent(saliency: torch.Tensor, latent_size: tuple[int, int, int], causal: bool = False) -> torch.Tensor:
-    """Maps [B,T,H,W] -> [B,F,h,w]: trilinear (published), or, if `causal`, collected from the pixels that a latent stands for.
+def pool_to_latent(
+    saliency: torch.Tensor, latent_size: tuple[int, int, int], causal: bool = False
+) -> torch.Tensor:
+    """Maps [B,T,H,W] -> [B,F,h,w]: trilinear (published), or, if `causal`, collected from the
+    pixels that a latent stands for.
 
-    A causal codec's first latent frame is the first video frame alone, each further one a group of (T-1)/(F-1): mean over a region, sum over the group.
+    A causal codec's first latent frame is the first video frame alone, each further one a group of
+    (T-1)/(F-1): mean over a region, sum over the group.
     """
     B, T, H, W = check_tensor("saliency", saliency, "B T H W").shape
     n, h, w = latent_size
     if not causal:
-        return F.interpolate(saliency[:, None], size=latent_size, mode="trilinear", align_corners=False)[:, 0]
+        return F.interpolate(
+            saliency[:, None], size=latent_size, mode="trilinear", align_corners=False
+        )[:, 0]
     if H % h or W % w or (n == 1) != (T == 1) or n > 1 and (T - 1) % (n - 1):
-        raise ValueError(f"latent_size: a causal codec makes no {latent_size} of {T} frames of {H}x{W}")
+        raise ValueError(
+            f"latent_size: a causal codec makes no {latent_size} of {T} frames of {H}x{W}"
+        )
     cells = F.avg_pool2d(saliency, (H // h, W // w))
-    return torch.cat([cells[:, :1], cells[:, 1:].unflatten(1, (n - 1, -1)).sum(2)], 1) if n > 1 else cells
+    return (
+        torch.cat([cells[:, :1], cells[:, 1:].unflatten(1, (n - 1, -1)).sum(2)], 1)
+        if n > 1
+        else cells
+    )
 
 # %% ../nbs/10_saliency.ipynb #d3d2b846
-def fuse_axes(maps: dict[str, torch.Tensor], rewards: dict[str, torch.Tensor], mode: str = "adaptive", temperature: float = 1.0) -> torch.Tensor:
-    """One map [B,F,H,W] of the axes' maps alike and rewards [B]: "adaptive" weighs by softmax(-reward / temperature), the weaker axis more; "mean"; "max"."""
+def fuse_axes(
+    maps: dict[str, torch.Tensor], rewards: dict[str, torch.Tensor], mode: str = "adaptive",
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """One map [B,F,H,W] of the axes' maps alike and rewards [B]: "adaptive" weighs by
+    softmax(-reward / temperature), the weaker axis more; "mean"; "max".
+    """
     if maps.keys() != rewards.keys() or not maps:
-        raise ValueError(f"maps, rewards: expected the same axes, got {sorted(maps)} and {sorted(rewards)}")
+        raise ValueError(
+            f"maps, rewards: expected the same axes, got {sorted(maps)} and {sorted(rewards)}"
+        )
     if mode not in ("adaptive", "mean", "max") or not temperature > 0:
-        raise ValueError(f"mode, temperature: expected adaptive, mean or max and a positive number, got {mode!r}, {temperature}")
-    stacked = torch.stack([check_tensor(f"maps[{axis}]", m, "B F H W") for axis, m in maps.items()])          # [axes,B,F,H,W]
-    reward = torch.stack([check_tensor(f"rewards[{axis}]", torch.as_tensor(r).to(stacked).reshape(-1), "B", B=stacked.shape[1]) for axis, r in rewards.items()])
+        raise ValueError(
+            "mode, temperature: expected adaptive, mean or max and a positive number, got "
+            f"{mode!r}, {temperature}"
+        )
+    # [axes,B,F,H,W]
+    stacked = torch.stack([check_tensor(f"maps[{axis}]", m, "B F H W") for axis, m in maps.items()])
+    reward = torch.stack(
+        [
+            check_tensor(
+                f"rewards[{axis}]", torch.as_tensor(r).to(stacked).reshape(-1), "B",
+                B=stacked.shape[1],
+            )
+            for axis, r in rewards.items()
+        ]
+    )
     if mode == "max":
         return stacked.amax(0)
     if mode == "mean":
@@ -152,10 +204,15 @@ def fuse_axes(maps: dict[str, torch.Tensor], rewards: dict[str, torch.Tensor], m
 def unit_range(x: torch.Tensor, axes: tuple[int, ...], flat: float = 1e-8) -> torch.Tensor:
     """Min-max to [0,1] over `axes`; where the span is below `flat`, all ones."""
     low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
-    return torch.where(high - low < flat, torch.ones_like(x), (x - low) / (high - low).clamp(min=flat))
+    return torch.where(
+        high - low < flat, torch.ones_like(x), (x - low) / (high - low).clamp(min=flat)
+    )
+
 
 def factor(x: torch.Tensor, axes: tuple[int, ...], strength: float, floor: float) -> torch.Tensor:
-    """unit_range, faded towards 1 by 1 - strength, not below floor, divided by the mean over `axes`."""
+    """unit_range, faded towards 1 by 1 - strength, not below floor, divided by the mean over
+    `axes`.
+    """
     y = (1 + strength * (unit_range(x, axes) - 1)).clamp(min=floor)
     return y / y.mean(axes, keepdim=True)
 
@@ -163,16 +220,24 @@ def factor(x: torch.Tensor, axes: tuple[int, ...], strength: float, floor: float
 @dataclass(frozen=True)
 class Weights:
     """Intra-perplexity weights of clips."""
-    weight: torch.Tensor              # [B,F,H,W], mean 1 per clip
-    temporal: torch.Tensor | None     # [B,F], mean 1 per clip; None without the temporal factor
-    spatial: torch.Tensor             # [B,F,H,W], mean 1 per frame; per clip without the temporal factor
+
+    weight: torch.Tensor  # [B,F,H,W], mean 1 per clip
+    temporal: torch.Tensor | None  # [B,F], mean 1 per clip; None without the temporal factor
+    # [B,F,H,W], mean 1 per frame; per clip without the temporal factor
+    spatial: torch.Tensor
 
 # %% ../nbs/10_saliency.ipynb #bda8ba78
-def factor_weights(saliency: torch.Tensor, temporal: bool = True, spatial_strength: float = 1.0, spatial_floor: float = 0.15,
-                   temporal_strength: float = 1.0, temporal_floor: float = 0.2) -> Weights:
-    """Saliency [B,F,H,W] -> per-frame times per-region weights (Stream-R1, 2605.03849, sec. 3). ValueError for strengths or floors outside [0,1]."""
-    for name, value in (("spatial_strength", spatial_strength), ("temporal_strength", temporal_strength),
-                        ("spatial_floor", spatial_floor), ("temporal_floor", temporal_floor)):
+def factor_weights(
+    saliency: torch.Tensor, temporal: bool = True, spatial_strength: float = 1.0,
+    spatial_floor: float = 0.15, temporal_strength: float = 1.0, temporal_floor: float = 0.2,
+) -> Weights:
+    """Saliency [B,F,H,W] -> per-frame times per-region weights (Stream-R1, 2605.03849, sec. 3).
+    ValueError for strengths or floors outside [0,1].
+    """
+    for name, value in (
+        ("spatial_strength", spatial_strength), ("temporal_strength", temporal_strength),
+        ("spatial_floor", spatial_floor), ("temporal_floor", temporal_floor),
+    ):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
     if not check_tensor("saliency", saliency, "B F H W").isfinite().all():

@@ -28,10 +28,10 @@ from .wan import read_weights
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'REWARD_TOKENS', 'VIDEO_PLACE', 'OWN_WORDING', 'SIZE_LIMITS', 'RewardInput',
            'StraightThrough', 'to_eight_bits', 'prepare_frames', 'video_patches', 'frames_kept', 'frame_size',
            'check_question', 'question', 'in_chat', 'Question', 'vision_rotary', 'vision_layer', 'vision_tower',
-           'exact_rotary', 'recompute_layers', 'QwenStates', 'check_reward_settings', 'record_of', 'VideoReward',
-           'offline_scores', 'merge_lora', 'newest_checkpoint', 'read_settings', 'normalisation', 'our_name',
-           'check_weight', 'checkpoint_files', 'check_complete', 'read_checkpoint', 'with_checkpoint', 'check_base',
-           'reward_tokenizer', 'load_base', 'load_video_reward']
+           'exact_rotary', 'recompute_layers', 'QwenStates', 'check_reward_settings', 'check_range', 'VideoReward',
+           'record_of', 'offline_scores', 'merge_lora', 'newest_checkpoint', 'read_settings', 'normalisation',
+           'our_name', 'check_weight', 'checkpoint_files', 'check_complete', 'read_checkpoint', 'with_checkpoint',
+           'check_base', 'reward_tokenizer', 'load_base', 'load_video_reward']
 
 # %% ../nbs/15a_video_reward.ipynb #db10402a
 CLIP_MEAN, CLIP_STD = (
@@ -41,8 +41,7 @@ CLIP_MEAN, CLIP_STD = (
 
 @dataclass(frozen=True)
 class RewardInput:
-    """How decoded frames are prepared for the reward model; the defaults are those of Stream-R1's
-    training code.
+    """How decoded frames are prepared for the reward model, by default as in Stream-R1's training.
 
     Scores under other settings are scores of another reward model, so `VideoReward.record` writes
     them beside every score. ValueError for a value that is not one of the choices.
@@ -72,7 +71,7 @@ class RewardInput:
 
 # %% ../nbs/15a_video_reward.ipynb #a2bba45e
 class StraightThrough(torch.autograd.Function):
-    """Levels of 1/255 forwards, the identity backwards: to_levels(x, "floor" or "round")."""
+    """The levels of a byte forwards, the identity backwards: apply(x, "floor" or "round")."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, rounding: str) -> torch.Tensor:
@@ -84,8 +83,7 @@ class StraightThrough(torch.autograd.Function):
 
 
 def to_eight_bits(x: torch.Tensor, rounding: str) -> torch.Tensor:
-    """Values in [0,1] at the 256 levels of a byte, in the shape of `x`, with the gradient of the
-    identity.
+    """Values in [0,1] at the 256 levels of a byte, like `x`, with the gradient of the identity.
 
     `rounding` is "floor" (as the published processor casts), "round", or "none", which returns `x`
     as it is.
@@ -96,12 +94,11 @@ def to_eight_bits(x: torch.Tensor, rounding: str) -> torch.Tensor:
 def prepare_frames(
     pixels: torch.Tensor, size: tuple[int, int] | None = None, how: RewardInput = RewardInput()
 ) -> torch.Tensor:
-    """Frames [B,T',3,h,w] that the reward model sees, with T' even, of pixels [B,T,3,H,W] in [0,1];
-    differentiable.
+    """Frames [B,T',3,h,w] that the reward model sees, T' even, of pixels [B,T,3,H,W] in [0,1].
 
-    `size` is (h, w), by default H and W. Frames of another size are resized by antialiased bicubic
-    interpolation. ValueError if no pair of frames is left. Source: process_wanvideo_tensor of
-    Stream-R1, vision_process of VideoAlign.
+    Differentiable. `size` is (h, w), by default H and W. Frames of another size are resized by
+    antialiased bicubic interpolation. ValueError if no pair of frames is left. Source:
+    process_wanvideo_tensor of Stream-R1, vision_process of VideoAlign.
     """
     T = check_tensor("pixels", pixels, "B T C H W", C=3).shape[1]
     if T % 2 and how.odd_frame == "drop":
@@ -112,9 +109,7 @@ def prepare_frames(
         raise ValueError(
             f"pixels: expected at least 2 frames with odd_frame={how.odd_frame!r}, got {T}"
         )
-    scale = (
-        255 if how.eight_bits == "round" else 1
-    )  # files are resized as bytes: exact in the last bit
+    scale = 255 if how.eight_bits == "round" else 1  # files are resized as bytes, to the last bit
     frames = pixels.flatten(0, 1) * scale
     if size is not None and tuple(size) != tuple(frames.shape[-2:]):
         frames = F.interpolate(frames, size=tuple(size), mode="bicubic", antialias=True)
@@ -127,12 +122,12 @@ def video_patches(
     pixels: torch.Tensor, size: tuple[int, int] | None = None, patch_size: int = 14,
     temporal: int = 2, merge: int = 2, how: RewardInput = RewardInput(),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Qwen2-VL's input of pixels [B,T,3,H,W] in [0,1]: patches [B·t·h·w, 3·temporal·patch_size²]
-    and grid [B,3] of (t, h, w).
+    """Patches [B·t·h·w, 3·temporal·patch_size²] and grid [B,3] of pixels [B,T,3,H,W] in [0,1].
 
-    Patches are differentiable and come clip by clip in the order (t, h/merge, w/merge, merge,
-    merge); the grid counts patches and lies on the CPU. `how` says what happens to frames before.
-    ValueError for sides that blocks do not fill.
+    These are Qwen2-VL's input; the grid is (t, h, w) of each clip. Patches are differentiable and
+    come clip by clip in the order (t, h/merge, w/merge, merge, merge); the grid counts patches and
+    lies on the CPU. `how` says what happens to frames before. ValueError for sides that blocks do
+    not fill.
     """
     frames = prepare_frames(pixels, size, how)
     B, T, C, H, W = frames.shape
@@ -147,19 +142,17 @@ def video_patches(
     x = ((frames - mean) / std).view(
         B, t, temporal, C, h // merge, merge, patch_size, w // merge, merge, patch_size
     )
-    return x.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9).reshape(B * t * h * w, -1), torch.tensor(
-        [[t, h, w]] * B
-    )
+    patches = x.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9).reshape(B * t * h * w, -1)
+    return patches, torch.tensor([[t, h, w]] * B)
 
 # %% ../nbs/15a_video_reward.ipynb #9ad75451
 def frames_kept(
     total: int, video_fps: float, fps: float = 2.0, at_least: int = 4, at_most: int = 768
 ) -> list[int]:
-    """Places of the frames that offline scoring keeps of `total` frames: `fps` a second, an even
-    number, evenly spread.
+    """Places of the frames, even in number and evenly spread, that offline scoring keeps of all.
 
-    ValueError for a video of fewer than 2 frames, or rates that are not positive. Source:
-    smart_nframes of VideoAlign.
+    It keeps `fps` frames a second. ValueError for a video of fewer than 2 frames, or rates that are
+    not positive. Source: smart_nframes of VideoAlign.
     """
     if total < 2 or not 0 < video_fps < math.inf or not 0 < fps < math.inf:
         raise ValueError(
@@ -173,10 +166,10 @@ def frames_kept(
 def frame_size(
     height: int, width: int, max_pixels: int = 200_704, min_pixels: int = 100_352, side: int = 28
 ) -> tuple[int, int]:
-    """Height and width, in multiples of `side`, that offline scoring resizes frames to, within the
-    limits of pixels.
+    """Height and width, in multiples of `side`, to which offline scoring resizes a video's frames.
 
-    ValueError if one side is more than 200 times the other. Source: smart_resize of VideoAlign.
+    The size stays within the limits of pixels, as far as `side` allows. ValueError if one side is
+    more than 200 times the other. Source: smart_resize of VideoAlign.
     """
     if min(height, width) < 1 or max(height, width) > 200 * min(height, width):
         raise ValueError(f"height, width: expected sides of at most 1 : 200, got {height}x{width}")
@@ -191,9 +184,7 @@ def frame_size(
 
 # %% ../nbs/15a_video_reward.ipynb #de8a9141
 REWARD_TOKENS = ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>")
-VIDEO_PLACE = (
-    "<|vision_start|><|video_pad|><|vision_end|>"  # how Qwen2-VL's chat template writes {video}
-)
+VIDEO_PLACE = "<|vision_start|><|video_pad|><|vision_end|>"    # {video} in the chat template
 OWN_WORDING = (
     "{video}\nWatch the video and judge it in three respects.\n"
     "Visual quality, how good each frame looks: <|VQ_reward|>\n"
@@ -201,14 +192,13 @@ OWN_WORDING = (
     "Prompt: {prompt}\nText alignment, how well the video shows the prompt: <|TA_reward|>\n"
 )
 
-
+# %% ../nbs/15a_video_reward.ipynb #03a55a43
 def check_question(text: str, source: str | Path = "the given text") -> str:
-    """The wording `text` itself, if it holds {video}, {prompt} and the three reward tokens once
-    each and in a usable order.
+    """The wording `text` itself, if {video}, {prompt} and reward tokens stand in a usable order.
 
-    Usable means {video}, VQ, MQ, TA in this order and {prompt} somewhere before TA; with {prompt}
-    before VQ a warning says that VQ and MQ then depend on the prompt, unlike VideoReward's. Else
-    ValueError, which names `source`.
+    Each must be there once. Usable means {video}, VQ, MQ, TA in this order and {prompt} somewhere
+    before TA; with {prompt} before VQ a warning says that VQ and MQ then depend on the prompt,
+    unlike VideoReward's. Else ValueError, which names `source`.
     """
     text = text.replace(VIDEO_PLACE, "{video}")
     parts = ("{video}", *REWARD_TOKENS, "{prompt}")
@@ -220,38 +210,32 @@ def check_question(text: str, source: str | Path = "the given text") -> str:
     if sorted(parts[:4], key=at.get) != list(parts[:4]) or at["{prompt}"] > at[REWARD_TOKENS[2]]:
         raise ValueError(
             f"template: expected {', '.join(parts[:4])} in this order and {{prompt}} before "
-            f"{REWARD_TOKENS[2]} "
-            f"in {source}, got {', '.join(sorted(parts, key=at.get))}"
+            f"{REWARD_TOKENS[2]} in {source}, got {', '.join(sorted(parts, key=at.get))}"
         )
     if at["{prompt}"] < at[REWARD_TOKENS[0]]:
         warnings.warn(
             f"template: {{prompt}} stands before {REWARD_TOKENS[0]} in {source}, so VQ and MQ "
-            "depend on the prompt; "
-            "VideoReward's do not",
+            "depend on the prompt; VideoReward's do not",
             stacklevel=2,
         )
     return text
 
-# %% ../nbs/15a_video_reward.ipynb #49533a75
+# %% ../nbs/15a_video_reward.ipynb #6a60aea5
 def question(template: str | Path | None) -> str:
-    """The wording in the text file `template`, checked by `check_question`; for None our own, with
-    a warning.
+    """The wording in the text file `template`, checked; for None our own, with a warning.
 
     FileNotFoundError or ValueError name the file.
     """
     if template is None:
         warnings.warn(
             "template: no file given, so the question is in our own wording; scores are not "
-            "comparable with "
-            "VideoReward's",
+            "comparable with VideoReward's",
             stacklevel=2,
         )
         return OWN_WORDING
     if not Path(template).is_file():
-        raise FileNotFoundError(
-            f"template: expected a text file with the checkpoint's question, {template} does not "
-            "exist"
-        )
+        said = "template: expected a text file with the checkpoint's question"
+        raise FileNotFoundError(f"{said}, {template} does not exist")
     try:
         return check_question(Path(template).read_text(encoding="utf-8"), template)
     except UnicodeDecodeError as error:
@@ -259,14 +243,13 @@ def question(template: str | Path | None) -> str:
             f"template: expected a text file in UTF-8, {template} is not: {error.reason}"
         ) from error
 
-# %% ../nbs/15a_video_reward.ipynb #440f3ab9
+# %% ../nbs/15a_video_reward.ipynb #5842f806
 def in_chat(text: str, tokenizer) -> str:
-    """The whole text to ask, with {video} and {prompt}: `text` as the user's turn in the
-    tokenizer's chat template.
+    """The whole text to ask: `text` as the user's turn of the tokenizer's chat template.
 
-    `text` comes back as it is if it has turns of its own, or if the tokenizer has no <|im_start|>
-    and no template. ValueError if {video} is not first in the turn, or a tokenizer with turns has
-    no chat template.
+    It holds {video} and {prompt}. `text` comes back as it is if it has turns of its own, or if the
+    tokenizer has no <|im_start|> and no template. ValueError if {video} is not first in the turn,
+    or a tokenizer with turns has no chat template.
     """
     text = check_question(text)
     if "<|im_start|>" in text:
@@ -275,15 +258,13 @@ def in_chat(text: str, tokenizer) -> str:
         if "<|im_start|>" in tokenizer.get_vocab():
             raise ValueError(
                 "tokenizer: expected a chat template, as in Qwen2-VL's tokenizer_config.json or "
-                "chat_template.json, "
-                "got none; VideoReward is asked inside it"
+                "chat_template.json, got none; VideoReward is asked inside it"
             )
         return text
     if not text.startswith("{video}"):
         raise ValueError(
             f"template: expected {{video}} first, as in Qwen2-VL's chat template, got "
-            f"{text[:30]!r}; "
-            "or write the turns yourself, with <|im_start|>"
+            f"{text[:30]!r}; or write the turns yourself, with <|im_start|>"
         )
     turn = [{"type": "video"}, {"type": "text", "text": text.removeprefix("{video}")}]
     whole = tokenizer.apply_chat_template(
@@ -291,7 +272,7 @@ def in_chat(text: str, tokenizer) -> str:
     )
     return check_question(whole, "the tokenizer's chat template")
 
-# %% ../nbs/15a_video_reward.ipynb #5f866af4
+# %% ../nbs/15a_video_reward.ipynb #3e6b12f5
 class Question:
     """The question as tokens: `template` in the chat template of `tokenizer`, with its places.
 
@@ -335,12 +316,11 @@ class Question:
             raise ValueError(f"ids: expected {', '.join(REWARD_TOKENS)} once in every row")
         return found.int().argmax(-1)
 
-# %% ../nbs/15a_video_reward.ipynb #8d7fa0ba
+# %% ../nbs/15a_video_reward.ipynb #fda83696
 def vision_rotary(
     h: int, w: int, merge: int, frequencies: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines [h·w, head_dim] that rotate the patches of a frame, in the order of merge x
-    merge blocks.
+    """Cosines and sines [h·w, head_dim] for a frame's patches, listed in merge x merge blocks.
 
     `frequencies` [head_dim/4] turn with the row in the first half of the angles, with the column in
     the second.
@@ -349,26 +329,21 @@ def vision_rotary(
     blocks = (
         axis.view(h // merge, merge, w // merge, merge).transpose(1, 2).flatten() for axis in grid
     )
-    angles = torch.cat(
-        [place.to(frequencies)[:, None] * frequencies for place in blocks], 1
-    ).repeat(1, 2)
+    angles = torch.cat([place.to(frequencies)[:, None] * frequencies for place in blocks], 1)
+    angles = angles.repeat(1, 2)
     return angles.cos(), angles.sin()
 
-
+# %% ../nbs/15a_video_reward.ipynb #42588ac9
 def vision_layer(
     block: nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
-    """One layer of Qwen2-VL's vision tower on all pairs of frames at once: x [pairs, h·w, width] ->
-    the same.
+    """One layer of Qwen2-VL's vision tower on all pairs of frames at once, [pairs, h·w, width].
 
     Equal to the library's layer, whose attention is called once for every pair of frames.
     """
     pairs, n, width = x.shape
-    q, k, v = (
-        block.attn.qkv(block.norm1(x))
-        .view(pairs, n, 3, block.attn.num_heads, -1)
-        .permute(2, 0, 3, 1, 4)
-    )
+    qkv = block.attn.qkv(block.norm1(x)).view(pairs, n, 3, block.attn.num_heads, -1)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
 
     def rotate(y: torch.Tensor) -> torch.Tensor:
         a, b = y.float().chunk(2, -1)  # rotated in float32, as the library does
@@ -378,16 +353,15 @@ def vision_layer(
     x = x + block.attn.proj(seen.transpose(1, 2).reshape(pairs, n, width))
     return x + block.mlp(block.norm2(x))
 
-# %% ../nbs/15a_video_reward.ipynb #51d5b2af
+# %% ../nbs/15a_video_reward.ipynb #be3d9086
 def vision_tower(
     visual: nn.Module, patches: torch.Tensor, grid: torch.Tensor, recompute: bool = True
 ) -> torch.Tensor:
-    """The video's tokens [N/merge², width] of N patches [N, values] with grids [B,3] of (t, h, w),
-    one a merged block.
+    """The video's tokens [N/merge², width] of N patches [N, values] with grids [B,3] of (t, h, w).
 
-    One attention call a layer, so h and w must be the same for all clips; their lengths t may
-    differ. With `recompute` only each layer's input is kept for the backward pass. ValueError if
-    frames differ in size.
+    Each 2 x 2 block becomes one. One attention call a layer, so h and w must be the same for all
+    clips; their lengths t may differ. With `recompute` only each layer's input is kept for the
+    backward pass. ValueError if frames differ in size.
     """
     if (grid[:, 1:] != grid[0, 1:]).any():
         raise ValueError(f"grid: expected frames of equal size, got {grid.tolist()}")
@@ -403,7 +377,7 @@ def vision_tower(
             x = vision_layer(block, x, cos, sin)
     return visual.merger(x.flatten(0, 1))
 
-# %% ../nbs/15a_video_reward.ipynb #b9b3caf5
+# %% ../nbs/15a_video_reward.ipynb #e2007a82
 def exact_rotary(model: nn.Module) -> nn.Module:
     """Set the rotary frequencies of a Qwen2VLModel anew in float32, in place, and return the model.
 
@@ -423,7 +397,7 @@ def exact_rotary(model: nn.Module) -> nn.Module:
         part.inv_freq = 1 / theta ** (place / width)
     return model
 
-# %% ../nbs/15a_video_reward.ipynb #f7a39f80
+# %% ../nbs/15a_video_reward.ipynb #4e1f5f4c
 def recompute_layers(reader: nn.Module) -> nn.Module:
     """The language model itself, with the library's activation checkpointing switched on.
 
@@ -436,7 +410,7 @@ def recompute_layers(reader: nn.Module) -> nn.Module:
     getattr(reader, name, reader.gradient_checkpointing_enable)({"use_reentrant": False})
     return reader
 
-# %% ../nbs/15a_video_reward.ipynb #02a0f46e
+# %% ../nbs/15a_video_reward.ipynb #dd41b595
 class QwenStates(nn.Module):
     """Hidden states of a Qwen2VLModel that watches clips and reads questions, in its dtype.
 
@@ -474,21 +448,17 @@ class QwenStates(nn.Module):
         made = reader(inputs_embeds=embeds, position_ids=positions, use_cache=False)
         return made.last_hidden_state
 
-# %% ../nbs/15a_video_reward.ipynb #62c114c1
+# %% ../nbs/15a_video_reward.ipynb #d0bab3fa
 def check_reward_settings(
     mean: Sequence[float], std: Sequence[float], size: tuple[int, int]
 ) -> None:
-    """ValueError, naming the argument, unless `mean` and `std` are three finite numbers each and
-    `size` fits the patches.
+    """Nothing, for settings that a reward model can have; else ValueError that names the argument.
 
-    Stds must be above 0; height and width must be multiples of 28 pixels.
+    Means and stds are three finite numbers each, stds above 0; height and width must be multiples
+    of 28 pixels.
     """
-    if (
-        len(mean) != 3
-        or len(std) != 3
-        or not all(map(math.isfinite, [*mean, *std]))
-        or not min(std) > 0
-    ):
+    finite = all(map(math.isfinite, [*mean, *std]))
+    if len(mean) != 3 or len(std) != 3 or not finite or not min(std) > 0:
         raise ValueError(
             f"mean, std: expected three finite numbers each, std above 0, got {mean} and {std}"
         )
@@ -496,25 +466,18 @@ def check_reward_settings(
         raise ValueError(f"size: expected height and width in multiples of 28, got {size}")
 
 
-def record_of(question: str, size: tuple[int, int], how: RewardInput, dtype: torch.dtype) -> dict:
-    """What a score depends on beside clip, prompt and weights, as values that JSON can hold; to be
-    written beside it.
+def check_range(pixels: torch.Tensor) -> torch.Tensor:
+    """`pixels` themselves, if they can be meant to lie in [0,1]; else ValueError with their range.
 
-    `resized_again` says that the published processor would resize such small or large frames a
-    second time, by its picture library, with limits of 56 x 56 and 1280 x 28 x 28 pixels; this code
-    never does.
+    A resize or a linear decoder may overshoot by a half, bytes and pixels in [-1,1] go further.
     """
-    small, large = 56 * 56, 1280 * 28 * 28
-    return {
-        "size": list(size), "frames": "all", **asdict(how),
-        "resized_again": not small <= size[0] * size[1] <= large,
-        "dtype": str(dtype).removeprefix("torch."), "head_dtype": "float32", "overall": "mean",
-        "chat": "<|im_start|>" in question,
-        "own_wording": OWN_WORDING.removeprefix("{video}") in question,
-        "question": hashlib.sha256(question.encode()).hexdigest()[:16],
-    }
+    if pixels.numel() and not pixels.is_meta:
+        low, high = (end.item() for end in pixels.detach().aminmax())
+        if low < -0.5 or high > 1.5:
+            raise ValueError(f"pixels: expected values in [0,1], got {low:.2f} to {high:.2f}")
+    return pixels
 
-# %% ../nbs/15a_video_reward.ipynb #a83e5b10
+# %% ../nbs/15a_video_reward.ipynb #01787157
 class VideoReward(QwenStates):
     """A `RewardModel` around a Qwen2VLModel: pixels [B,T,3,H,W] in [0,1] -> {axis: [B]}, float32.
 
@@ -541,7 +504,7 @@ class VideoReward(QwenStates):
 
     def to_patches(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         "Patches [B·t·h·w, 1176] in the order of 2 x 2 blocks, and their grid [B,3]."
-        return video_patches(pixels, self.size, how=self.reward_input)
+        return video_patches(check_range(pixels), self.size, how=self.reward_input)
 
     def at_tokens(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         "Raw scores [B,3]: output i of the head at reward token i."
@@ -562,16 +525,33 @@ class VideoReward(QwenStates):
 
     def record(self) -> dict:
         "What these scores depend on beside clip, prompt and weights, to be written beside them."
-        return record_of(self.question.text, self.size, self.reward_input, self.model.dtype)
+        return record_of(self, self.size, self.reward_input)
 
-# %% ../nbs/15a_video_reward.ipynb #c1cc6058
+# %% ../nbs/15a_video_reward.ipynb #268b8c8f
+def record_of(model: VideoReward, size: tuple[int, int], how: RewardInput) -> dict:
+    """What a score depends on beside clip, prompt and weights, as values that JSON can hold.
+
+    It is to be written beside the score. `resized_again` says that the published processor would
+    resize such small or large frames a second time, by its picture library, with limits of 56 x 56
+    and 1280 x 28 x 28 pixels; this code never does.
+    """
+    small, large, text = 56 * 56, 1280 * 28 * 28, model.question.text
+    dtypes = [str(part.dtype).removeprefix("torch.") for part in (model.model, model.head.weight)]
+    return {
+        "size": list(size), "frames": "all", **asdict(how),
+        "resized_again": not small <= size[0] * size[1] <= large,
+        "dtype": dtypes[0], "head_dtype": dtypes[1], "overall": "mean",
+        "chat": "<|im_start|>" in text, "own_wording": OWN_WORDING.removeprefix("{video}") in text,
+        "question": hashlib.sha256(text.encode()).hexdigest()[:16],
+    }
+
+# %% ../nbs/15a_video_reward.ipynb #94cee387
 @torch.no_grad()
 def offline_scores(
     model: VideoReward, pixels: torch.Tensor, video_fps: float, prompts: list[str],
     fps: float = 2.0, max_pixels: int = 200_704, min_pixels: int = 100_352,
 ) -> tuple[dict[str, torch.Tensor], dict]:
-    """Normalised scores {axis: [B]} of whole videos [B,T,3,H,W] in [0,1], as VideoAlign scores
-    files, and their record.
+    """Scores {axis: [B]} of videos [B,T,3,H,W], as VideoAlign scores files, and their record.
 
     Keeps `fps` frames a second (`frames_kept`) at the size of `frame_size`, rounded to 8 bits. The
     record is that of `VideoReward.record` with these choices in it. VideoAlign's overall score is
@@ -580,19 +560,19 @@ def offline_scores(
     _, T, _, H, W = check_tensor("pixels", pixels, "B T C H W", B=len(prompts), C=3).shape
     kept, size = frames_kept(T, video_fps, fps), frame_size(H, W, max_pixels, min_pixels)
     how = RewardInput(eight_bits="round")
-    scores = model.score_patches(*video_patches(pixels[:, kept], size, how=how), prompts)
-    record = record_of(model.question.text, size, how, model.model.dtype)
+    patches, grid = video_patches(check_range(pixels[:, kept]), size, how=how)
+    scores = model.score_patches(patches, grid, prompts)
+    record = record_of(model, size, how)
     return scores, record | {"frames": f"{len(kept)} of {T}, {fps:g} a second"}
 
-# %% ../nbs/15a_video_reward.ipynb #12b573ad
+# %% ../nbs/15a_video_reward.ipynb #c5cc1da5
 def merge_lora(
     weights: dict[str, torch.Tensor], lora: dict[str, torch.Tensor], alpha: float, rank: int
 ) -> dict[str, torch.Tensor]:
-    """`weights` with every pair NAME.lora_A, NAME.lora_B of `lora` added: W + alpha / rank B A,
-    computed in float32.
+    """`weights` with each pair NAME.lora_A, NAME.lora_B of `lora` added: W + alpha / rank B A.
 
-    ValueError for a pair without its half or its weight, or whose shapes are not [rank, in] and
-    [out, rank].
+    Computed in float32. ValueError for a pair without its half or its weight, or whose shapes are
+    not [rank, in] and [out, rank].
     """
     clean = {
         re.sub(r"^(base_model\.model\.)+", "", name).replace(".default.", "."): t
@@ -619,7 +599,7 @@ def merge_lora(
         )
     return merged
 
-# %% ../nbs/15a_video_reward.ipynb #3e1d32c3
+# %% ../nbs/15a_video_reward.ipynb #4f3cbcc4
 def newest_checkpoint(folder: str | Path) -> Path:
     """The checkpoint-N with the highest N in a folder; FileNotFoundError if there is none."""
     found = [p for p in Path(folder).glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
@@ -629,9 +609,7 @@ def newest_checkpoint(folder: str | Path) -> Path:
 
 
 def read_settings(path: str | Path) -> dict:
-    """The JSON object in a settings file; FileNotFoundError or ValueError name the file if there is
-    none in it.
-    """
+    """The JSON object in a settings file; FileNotFoundError or ValueError name the file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"folder: expected {path.name} in {path.parent}, there is none")
@@ -645,7 +623,7 @@ def read_settings(path: str | Path) -> dict:
         )
     return found
 
-# %% ../nbs/15a_video_reward.ipynb #541ede26
+# %% ../nbs/15a_video_reward.ipynb #0a3a839e
 def normalisation(config: dict) -> tuple[list[float], list[float]]:
     """Mean and std of VQ, MQ, TA from a model_config.json.
 
@@ -669,10 +647,11 @@ def normalisation(config: dict) -> tuple[list[float], list[float]]:
             )
     return [values[name] for name in names[:3]], [values[name] for name in names[3:]]
 
-# %% ../nbs/15a_video_reward.ipynb #bc84dbf3
+# %% ../nbs/15a_video_reward.ipynb #4e3722db
 def our_name(name: str) -> str:
-    """The name that a tensor of a published checkpoint has in our model: without peft's wrappers,
-    parts under today's names.
+    """The name in our model of a published checkpoint's tensor, without peft's wrappers.
+
+    Parts get today's names.
     """
     name = (
         re.sub(r"^(base_model\.model\.)+", "", name)
@@ -688,8 +667,9 @@ def our_name(name: str) -> str:
 def check_weight(
     name: str, tensor: object, shape: Sequence[int] | None, file: Path
 ) -> torch.Tensor:
-    """`tensor` itself, if it holds finite floating-point numbers in `shape` (None: any); else
-    ValueError with file and name.
+    """`tensor` itself, if it is dense, floating-point, finite and of `shape`, where one is given.
+
+    Else ValueError with file and name.
     """
     said = f"checkpoint: {file}: {name}: expected "
     if not isinstance(tensor, torch.Tensor) or tensor.dtype not in (
@@ -706,9 +686,10 @@ def check_weight(
         raise ValueError(f"{said}finite values")
     return tensor
 
-# %% ../nbs/15a_video_reward.ipynb #d9c21f8f
+# %% ../nbs/15a_video_reward.ipynb #0c429b28
 def checkpoint_files(checkpoint: Path) -> list[Path]:
     """The files of weights in a checkpoint-N: model.pth, or adapter and other weights.
+
     FileNotFoundError if it has neither.
     """
     split = [checkpoint / "adapter_model.safetensors", checkpoint / "non_lora_state_dict.pth"]
@@ -723,12 +704,11 @@ def checkpoint_files(checkpoint: Path) -> list[Path]:
 
 
 def check_complete(names: set[str], pairs: set[str], state: set[str], checkpoint: Path) -> None:
-    """ValueError if tensors are missing that the base model cannot stand in for, naming the
-    checkpoint and one of them.
+    """Nothing, if a checkpoint has all that the base model cannot stand in for; else ValueError.
 
-    In a model.pth these are all. In the split layout: head and embedding, which the base lacks for
-    the reward tokens; the vision tower as a whole; and a LoRA pair in every layer for each matrix
-    that has one in some layer.
+    The error names the checkpoint and one tensor. In a model.pth these are all. In the split
+    layout: head and embedding, which the base lacks for the reward tokens; the vision tower as a
+    whole; and a LoRA pair in every layer for each matrix that has one in some layer.
     """
     if checkpoint_files(checkpoint)[0].name == "model.pth":
         needed = state
@@ -744,7 +724,7 @@ def check_complete(names: set[str], pairs: set[str], state: set[str], checkpoint
             f"checkpoint: {len(missing)} tensors are missing in {checkpoint}, such as {missing[0]}"
         )
 
-# %% ../nbs/15a_video_reward.ipynb #fcfd130a
+# %% ../nbs/15a_video_reward.ipynb #4697efd2
 def read_checkpoint(checkpoint: Path, shapes: dict[str, torch.Size]) -> tuple[dict, dict]:
     """Weights and LoRA pairs in the files of a checkpoint-N: two dicts of tensors by our names.
 
@@ -771,7 +751,7 @@ def read_checkpoint(checkpoint: Path, shapes: dict[str, torch.Size]) -> tuple[di
                              f"model, such as {unknown[0]}")
     return new, pairs
 
-# %% ../nbs/15a_video_reward.ipynb #fc4d7979
+# %% ../nbs/15a_video_reward.ipynb #99c03d3c
 def with_checkpoint(model: nn.Module, head: nn.Linear, checkpoint: Path,
                     lora: dict) -> tuple[nn.Module, nn.Linear]:
     """Base model and head with the weights of a checkpoint-N put in, in place; any of the layouts.
@@ -796,7 +776,7 @@ def with_checkpoint(model: nn.Module, head: nn.Linear, checkpoint: Path,
     model.load_state_dict(merged)
     return model, head
 
-# %% ../nbs/15a_video_reward.ipynb #a87e1387
+# %% ../nbs/15a_video_reward.ipynb #ed9104c6
 SIZE_LIMITS = {
     "num_hidden_layers": 200, "depth": 200, "hidden_size": 65_536, "intermediate_size": 262_144,
     "embed_dim": 65_536, "vocab_size": 2_000_000, "num_attention_heads": 1024,
@@ -805,20 +785,14 @@ SIZE_LIMITS = {
 
 
 def check_base(base: str | Path) -> Path:
-    """`base` as a path, if its config.json holds sizes that a Qwen2-VL can have; else
-    FileNotFoundError or ValueError with the file.
+    """`base` as a path, if its config.json holds sizes that a Qwen2-VL can have.
 
-    A network is built from these numbers before any weight is read.
+    Else FileNotFoundError or ValueError with the file. A network is built from these numbers before
+    any weight is read.
     """
     config = read_settings(Path(base) / "config.json")
-    for part in (
-        config,
-        *(
-            config[name]
-            for name in ("text_config", "vision_config")
-            if isinstance(config.get(name), dict)
-        ),
-    ):
+    nested = [config.get(name) for name in ("text_config", "vision_config")]
+    for part in (config, *(part for part in nested if isinstance(part, dict))):
         for name, limit in SIZE_LIMITS.items():
             value = part.get(name, 1)
             if type(value) not in (int, float) or not 1 <= value <= limit:
@@ -828,10 +802,9 @@ def check_base(base: str | Path) -> Path:
                 )
     return Path(base)
 
-
+# %% ../nbs/15a_video_reward.ipynb #4ece07f3
 def reward_tokenizer(base: str | Path):
-    """Qwen2-VL's tokenizer in the folder `base`, the reward tokens appended in their order VQ, MQ,
-    TA.
+    """Qwen2-VL's tokenizer in the folder `base`, with VQ, MQ and TA appended in this order.
 
     Its chat template may lie in a file chat_template.json, where older releases keep it.
     """
@@ -845,10 +818,9 @@ def reward_tokenizer(base: str | Path):
     )
     return tokenizer
 
-# %% ../nbs/15a_video_reward.ipynb #de466cd8
+# %% ../nbs/15a_video_reward.ipynb #e5a7d70e
 def load_base(base: str | Path, vocabulary: int) -> nn.Module:
-    """The Qwen2VLModel in the folder `base` in float32, its embedding resized to `vocabulary`
-    tokens.
+    """The Qwen2VLModel in the folder `base`, in float32, with an embedding of `vocabulary` tokens.
 
     ValueError names the folder for weights that are missing, damaged or not finite.
     """
@@ -873,18 +845,17 @@ def load_base(base: str | Path, vocabulary: int) -> nn.Module:
     model.resize_token_embeddings(vocabulary)
     return model
 
-# %% ../nbs/15a_video_reward.ipynb #63a0995e
+# %% ../nbs/15a_video_reward.ipynb #0cc7fd7d
 def load_video_reward(
     folder: str | Path, base: str | Path, template: str | Path | None = None,
     dtype: torch.dtype = torch.bfloat16, size: tuple[int, int] = (336, 588),
     reward_input: RewardInput = RewardInput(),
 ) -> VideoReward:
-    """The reward model in a checkpoint folder of VideoAlign, on top of the Qwen2-VL in `base`; no
-    gradients to weights.
+    """The reward model in a checkpoint folder of VideoAlign, on top of the Qwen2-VL in `base`.
 
-    `template` is a text file with {video}, {prompt} and the reward tokens (`check_question`); None
-    asks in our own wording, with a warning. The network is in `dtype`, head and scores in float32.
-    All errors name the file or argument.
+    Its weights have no gradients. `template` is a text file with {video}, {prompt} and the reward
+    tokens (`check_question`); None asks in our own wording, with a warning. The network is in
+    `dtype`, head and scores in float32. All errors name the file or argument.
     """
     folder, checkpoint = Path(folder), newest_checkpoint(folder)
     wording, config = question(template), read_settings(folder / "model_config.json")

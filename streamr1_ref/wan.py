@@ -442,7 +442,7 @@ PUBLISHED = {
 
 # %% ../nbs/15_wan.ipynb #749fa366
 REASONS = {
-    "log_iters": "a checkpoint here holds all that resuming needs, and is written by steps, not by micro-steps",
+    "log_iters": "updates of the critic between two checkpoints, which here hold all that resuming needs",
     "sharding_strategy": "over all processes, not within a node only: less memory, more communication between nodes",
     "full_training_steps": "601 updates of the critic are 120 of the student and one left over",
     "gradient_accumulation_steps": "the same 64 clips on 8 GPUs; it used 64 GPUs without accumulation"}
@@ -465,7 +465,7 @@ def in_published_terms(cfg: TrainConfig, teacher: str, critic: str | None) -> di
         "num_frame_per_block": d.frames_per_block, "sharding_strategy": "full", "local_attn_size": window or -1,
         "sink_size": d.cache.num_sink, "gradient_accumulation_steps": accumulate, "beta": w.beta,
         "full_training_steps": cfg.steps * d.critic_steps, "reward_mode": mode,
-        "log_iters": cfg.save_every * d.critic_steps * accumulate,
+        "log_iters": cfg.save_every * d.critic_steps,
         "spatial_reward_pixel_grad": w.saliency == "published", "spatial_reward_metrics": sorted(w.axes),
         "spatial_reward_strength": float(w.spatial), "spatial_reward_min_weight": w.spatial_floor,
         "spatial_reward_combination": w.fusion, "spatial_reward_temperature": w.temperature,

@@ -61,7 +61,7 @@ def whole(tmp_path_factory):
 def test_killed_at_a_random_moment_and_resumed_bit_for_bit(whole, tmp_path):
     seed = int(os.environ.get("STREAMR1_TEST_SEED") or random.SystemRandom().randrange(2**32))
     print(f"to kill at the same step again: STREAMR1_TEST_SEED={seed}")          # pytest shows it if this test fails
-    wanted = random.Random(seed).choice([1, 2, 3, 4])
+    wanted = random.Random(seed).choice([2, 3, 4])          # there is a checkpoint, or one is being written
     process = subprocess.Popen([*CLI, *FIVE, "--out", str(tmp_path)], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:

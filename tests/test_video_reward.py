@@ -552,3 +552,12 @@ def test_videoreward_damaged_bases_are_named(checkpoint, tmp_path):
     (base / "model.safetensors").write_bytes(b"garbage")
     with pytest.raises(ValueError, match="base: expected a Qwen2-VL in .*qwen"):
         module.load_base(base, 68)
+
+
+@pytest.mark.parametrize("scale, shift", [(2, -1), (255, 0)])
+def test_videoreward_pixels_of_another_range_are_refused(reward, scale, shift):
+    frames = torch.rand(1, 4, 3, 56, 84, generator=torch.Generator().manual_seed(0)) * scale + shift
+    for call in (lambda: reward(frames, ["a"]), lambda: offline_scores(reward, frames, 2.0, ["a"])):
+        with pytest.raises(ValueError, match=r"pixels: expected values in \[0,1\], got"):
+            call()
+    reward(frames.clamp(-0.1, 1.1), ["a"])                                      # a resize may overshoot
