@@ -1128,12 +1128,12 @@ class PhaseNotes:
 
         return named
 
-# %% ../nbs/15c_budget.ipynb #5a767e4a
+# %% ../nbs/15c_budget.ipynb #7dd5dc58
 STEP_PHASES = (
     (objective, "self_forcing_rollout", "rollout"),
     (objective, "critic_loss", "loss"),
     (objective, "predictions", "scores"),
-    (objective, "pixel_saliency", "reward"),
+    (objective, "saliency_maps", "reward"),
     (torch.Tensor, "backward", "backward"),
 )
 
