@@ -28,13 +28,13 @@ from matplotlib.figure import Figure
 from torch.utils.benchmark import Timer
 
 from .attention import BACKENDS, set_attention, why_not
-from .budget import FROZEN, check_memory, parameter_count, plan
+from .budget import PlanSettings, check_memory, parameter_count, plan, plan_table, preset_settings, step_parts
 from .cache import CacheConfig
 from .codec import load_codec, save_codec
 from .conventions import data_path, default_device, default_dtype, film_strip, side_by_side, save_tensors, writable_folder, write_gif, write_mp4
 from .conventions import progress as progress_bar
 from .fullscale import PRESETS as SIZES_FOR_BENCH
-from .fullscale import (DOWNLOADS, TRAINING, Sizes, ask_hub, check_files, count, download, random_codec, random_models, random_pipeline, score_videos, video_name,
+from .fullscale import (DOWNLOADS, TRAINING, Sizes, ask_hub, check_files, download, fill_random, random_codec, random_models, random_pipeline, score_videos, video_name,
                                     write_table)
 from .evaluate import Ablation, ablate, collect_logs, distil, measure, pipeline_of
 from .objective import METHODS, Distillation, Distiller, Models, judge_rollouts, prompt_numbers, tiny_models
@@ -53,15 +53,16 @@ from .wan import (NETWORKS, SIZES, PromptFile, UMT5Text, check_finite, compile_b
 from .world import Oracle, caption_split, mixed_clips, sample_clips
 
 # %% auto #0
-__all__ = ['PARTS', 'ROLLOUT', 'STEP', 'WAN', 'WAN_STEP', 'COMMANDS', 'curves_figure', 'saliency_figure', 'write_clips', 'demo',
-           'before_and_after', 'TinyRun', 'WanRun', 'wan_run', 'gpu_memory', 'train', 'train_command', 'with_method',
-           'preset_of', 'embed_command', 'plan_command', 'convert_command', 'WanVideo', 'place_process', 'generate',
-           'film', 'download_command', 'score', 'evaluate', 'ablation', 'info', 'train_codec', 'thin_log',
-           'train_teacher_command', 'evaluate_teacher_command', 'make_pairs', 'initialise_student', 'evaluate_student',
-           'train_reward', 'median_seconds', 'training_step', 'BenchParts', 'bench_parts', 'describe', 'Stopwatch',
-           'time_blocks', 'late_over_early', 'split_times', 'BenchRollout', 'stream_for_bench', 'bench_rollout',
-           'BenchStep', 'saliency_passes', 'bench_step', 'BenchWan', 'first_frame', 'bench_wan', 'BenchWanStep',
-           'bench_wan_step', 'bench', 'main']
+__all__ = ['PARTS', 'ROLLOUT', 'STEP', 'WAN', 'WAN_STEP', 'STEP_PARTS', 'COMMANDS', 'curves_figure', 'saliency_figure',
+           'write_clips', 'demo', 'before_and_after', 'TinyRun', 'WanRun', 'wan_run', 'gpu_memory', 'train',
+           'train_command', 'with_method', 'preset_of', 'embed_command', 'PlanRun', 'plan_run', 'plan_command',
+           'convert_command', 'WanVideo', 'place_process', 'generate', 'film', 'download_command', 'score', 'evaluate',
+           'ablation', 'info', 'train_codec', 'thin_log', 'train_teacher_command', 'evaluate_teacher_command',
+           'make_pairs', 'initialise_student', 'evaluate_student', 'train_reward', 'median_seconds', 'training_step',
+           'BenchParts', 'bench_parts', 'describe', 'Stopwatch', 'time_blocks', 'late_over_early', 'split_times',
+           'BenchRollout', 'stream_for_bench', 'bench_rollout', 'BenchStep', 'saliency_passes', 'bench_step',
+           'BenchWan', 'first_frame', 'bench_wan', 'BenchWanStep', 'plan_of_bench', 'bench_wan_step', 'report_wan_step',
+           'BenchStepParts', 'bench', 'main']
 
 # %% ../nbs/cli.ipynb #50f6964f
 def curves_figure(records: dict[str, list[dict]]) -> Figure:
@@ -255,9 +256,18 @@ def check(self: WanRun, processes: int) -> None:
         if "RANK" not in os.environ:
             raise ValueError("train: on GPUs start it with torchrun, also on one: "
                              "torchrun --standalone --nproc-per-node 1 -m streamr1_ref.cli train wan-1.3b")
-        check_memory(plan(self.distillation, *nets[:2], processes, checkpointing=self.checkpointing, others=FROZEN,
-                          offload=self.offload), available)
+        check_memory(plan(self.plan_settings(nets, processes)), available)
 
+@patch
+def plan_settings(self: WanRun, nets: Sequence[WanConfig], processes: int) -> PlanSettings:
+    "The run for `plan`, its networks being of the sizes in `nets`: student, teacher, critic."
+    named = [name if (name := model_size(cfg)) in SIZES else cfg for cfg in nets]
+    ready = self.embeddings is not None and not self.text(encoder=False).missing(self.needed_prompts())
+    return PlanSettings(self.distillation, *named, gpus=processes, resolution=self.resolution, offload=self.offload,
+                        text_ready=ready, checkpointing=self.checkpointing, weighting=self.weighting,
+                        dtype=str(self.compute_dtype).removeprefix("torch."), fused=self.fused is not False)
+
+# %% ../nbs/cli.ipynb #bc6a8677
 @patch
 def text(self: WanRun, encoder: bool = True, cache: str | None = None) -> UMT5Text:
     "The text encoder on this process' device, or without `encoder` what reads embeddings."
@@ -395,27 +405,50 @@ def embed_command(preset: Literal[tuple(NETWORKS)] = "wan-1.3b", text_cache: str
         print(f"wrote {made} embeddings to {text_cache}")
 
 # %% ../nbs/cli.ipynb #6386da35
-def plan_command(preset: Annotated[Literal["wan-1.3b"], tyro.conf.Positional] = "wan-1.3b", gpus: int = 8, teacher: Literal["1.3B", "14B"] = "1.3B",
-                 resolution: tuple[int, int] = (480, 832), offload: tuple[Literal["teacher", "text encoder"], ...] = (), checkpointing: bool = True,
-                 distillation: Distillation = PRESETS["wan-1.3b"].distillation) -> None:
-    """Memory and work of a training step at full scale, before anything is loaded (chapters 15 and 15b).
+@dataclass(frozen=True)
+class PlanRun:
+    """Memory and work of a training step at full scale, before anything is loaded (chapter 15c)."""
+    preset: Annotated[Literal[tuple(NETWORKS)], tyro.conf.Positional] = "wan-1.3b"      # whose defaults these are
+    gpus: int = 8                          # processes that share the networks
+    teacher: Literal["1.3B", "14B"] | None = None      # size; None: the preset's
+    critic: Literal["1.3B", "14B"] | None = None       # size; None: the preset's, or the teacher's if that is chosen
+    resolution: tuple[int, int] = (480, 832)           # height and width of the videos, multiples of 16
+    offload: tuple[Literal["teacher", "text encoder"], ...] = ()       # parts whose weights wait in the CPU's memory
+    text_ready: bool = False               # prompts were embedded beforehand: no text encoder
+    checkpointing: bool = True             # compute activations again in the backward pass
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"                 # of computing and of the teacher
+    fused: bool = True                     # Adam as one kernel, without temporaries
+    method: Literal["DMD", "Re-DMD", "inter", "intra", "Stream-R1"] | None = None      # weighting; None: the preset's
+    memory: float | None = None            # GiB of a GPU: say what would make a run fit that does not
+    distillation: Distillation = PRESETS["wan-1.3b"].distillation
 
-    Args:
-        preset: Whose student.
-        gpus: Processes that share the networks.
-        teacher: Size of the teacher, and of the critic.
-        resolution: Height and width of the videos, multiples of 16.
-        offload: Parts whose weights wait in the CPU's memory.
-        checkpointing: Compute activations again in the backward pass.
-        distillation: Settings of a step.
-    """
-    student, critic = (replace(SIZES[size], latent_size=latent_size_of(resolution)) for size in ("1.3B", teacher))
-    budget = plan(distillation, student, critic, gpus, checkpointing=checkpointing, others=FROZEN, offload=offload)
-    print(f"{'':14}{'parameters':>12}{'weights':>10}{'training':>10}{'work':>10}   GiB on each of {gpus} GPUs{'PFLOP a step':>16}")
-    for b in budget:
-        print(f"{b.part:14}{b.parameters / 1e9:10.2f} B{b.weights / 2**30:10.1f}{b.training / 2**30:10.1f}{b.work / 2**30:10.1f}{b.flops / 1e15:40.1f}")
-    print(f"{'all':14}{'':12}{sum(b.memory for b in budget) / 2**30:10.1f} GiB of memory on each GPU{sum(b.flops for b in budget) / 1e15:44.1f}")
+    def settings(self) -> PlanSettings:
+        "What `plan` needs to know of this run."
+        weighting = METHODS[self.method] if self.method else PRESETS[self.preset].weighting
+        sizes = {"teacher": self.teacher, "critic": self.critic} if self.teacher or self.critic else {}
+        sizes = {name: size for name, size in sizes.items() if size or name == "critic"}
+        return preset_settings(self.preset, distillation=self.distillation, gpus=self.gpus, resolution=self.resolution,
+                               offload=self.offload, text_ready=self.text_ready, checkpointing=self.checkpointing,
+                               dtype=self.dtype, fused=self.fused, weighting=weighting, **sizes)
 
+def plan_run(run: PlanRun) -> None:
+    """Print the plan of a run; with `memory` a ValueError names the cheapest change for what does not fit."""
+    budget = plan(run.settings())
+    print(plan_table(budget))
+    if run.memory is not None:
+        check_memory(budget, run.memory * 2**30, "plan")
+
+def plan_command(preset: str = "wan-1.3b") -> Callable:
+    """`plan_run` for the command line, with the defaults of a preset."""
+    default = PlanRun(preset=preset, distillation=PRESETS[preset].distillation)
+
+    def command(run=default):
+        return plan_run(run)
+
+    command.__doc__, command.__annotations__ = PlanRun.__doc__, {"run": Annotated[PlanRun, tyro.conf.arg(name="")], "return": None}
+    return command
+
+# %% ../nbs/cli.ipynb #3e6bfb8b
 def convert_command(source: Annotated[str, tyro.conf.Positional], target: Annotated[str, tyro.conf.Positional], naming: Literal["official", "diffusers"] = "official", head_dim: int = 128) -> None:
     """Write a Wan2.1 transformer in the other naming, bit for bit.
 
@@ -984,59 +1017,121 @@ def bench_wan(size: str | None, blocks: int, window_frames: int, sink: str, atte
 # %% ../nbs/cli.ipynb #b1d83bb8
 @dataclass
 class BenchWanStep:
-    """A training step at Wan2.1's true size with random weights: time and peak memory, against the plan. On a GPU under torchrun, also on one."""
-    size: Literal["full", "wide", "small"] | None = None  # by default full on a GPU, else small; wide is two layers of the real widths, and small pictures
-    teacher: Literal["1.3B", "14B"] = "1.3B"              # and the critic; in full size
+    """A training step at Wan2.1's true size with random weights: time and peak memory, against the plan.
+
+    On a GPU under torchrun, also on one. Networks are made on the meta device, sharded, and filled shard by shard.
+    """
+    size: Literal["full", "wide", "small"] | None = None  # full on a GPU, else small; wide: two layers of the real widths
+    teacher: Literal["1.3B", "14B"] = "1.3B"              # in full size
+    critic: Literal["1.3B", "14B"] | None = None          # in full size; None: as the teacher
     steps: int = 2                                        # after one for warming up
     offload: tuple[Literal["teacher", "text encoder"], ...] = ()
     checkpointing: bool = True
+    attention: Literal["sdpa", "cudnn", "flash", "flex"] = "sdpa"
+    compile: tuple[Literal["student", "critic", "teacher"], ...] = ()
+    out: str | None = None                                # folder for wan_step_bench.json
 
-def bench_wan_step(size: str | None, teacher: str, steps: int, offload: tuple[str, ...], checkpointing: bool) -> None:
-    """Print seconds of an update of the critic and of the student with one clip per process, and the peak memory; arguments as in `BenchWanStep`."""
+def plan_of_bench(run: BenchWanStep, name: str, world: int, dtype: torch.dtype) -> tuple[Sizes, PlanSettings]:
+    """Sizes of all parts and the plan's settings of a benchmark with one clip per process and update."""
+    sizes = SIZES_FOR_BENCH[name]
+    frames = {"full": 21, "wide": 6, "small": 3}[name]
+    step = replace(PRESETS["wan-1.3b"].distillation, critic_steps=1, micro_batches=world, exit_group=world, frames=frames)
+    full = name == "full"
+    pixels = tuple(8 * n for n in sizes.net.latent_size)
+    return sizes, PlanSettings(step, "1.3B" if full else sizes.net, run.teacher if full else sizes.net,
+                               run.critic if full else None, world, pixels, run.offload, checkpointing=run.checkpointing,
+                               dtype=str(dtype).removeprefix("torch."), parts=sizes,
+                               sharded=world > 1 or default_device().type == "cuda",
+                               fused=default_device().type == "cuda")
+
+# %% ../nbs/cli.ipynb #de835374
+def bench_wan_step(run: BenchWanStep) -> None:
+    """Print seconds of an update of the critic and of the student with one clip per process, and the peak memory."""
     device, mesh = default_device(), start_processes()
     if device.type == "cuda" and mesh is None:
-        raise ValueError("bench wan-step: on GPUs start it with torchrun, also on one: torchrun --standalone --nproc-per-node 1 -m streamr1_ref.cli bench wan-step")
-    name, world = size or ("full" if device.type == "cuda" else "small"), 1 if mesh is None else mesh.size()
-    sizes, dtype, resident = SIZES_FOR_BENCH[name], default_dtype(device), 1024 * getrusage(RUSAGE_SELF).ru_maxrss
-    published = PRESETS["wan-1.3b"].distillation
-    step = replace(published, critic_steps=1, micro_batches=world, exit_group=world, frames={"full": 21, "wide": 6, "small": 3}[name])
-    models = random_models(sizes, SIZES[teacher] if name == "full" else None, device, dtype, offload_text="text encoder" in offload)
-    frozen = [(name, count(part), 0.0) for name, part in (("text encoder", models.text.model), ("reward model", models.reward), ("VAE", models.codec.vae))]
-    planned = plan(step, models.student.cfg, models.critic.cfg, world, width=dtype.itemsize, checkpointing=checkpointing, others=frozen, offload=offload)
-    for name in ("student", "critic", "teacher"):
-        shard(getattr(models, name), mesh, dtype, name in offload)
-    with TemporaryDirectory() as folder:
-        trainer = Trainer(models, ["a red fox runs over snow"] * 64, TrainConfig(distillation=step, checkpointing=checkpointing), folder, mesh)
-        watch = Stopwatch(device)
-        trainer.update = watch.wrap(partial(Trainer.update, trainer), lambda net, *_: "critic" if net is models.critic else "student")
-        for repeat in range(steps + 1):
+        raise ValueError("bench wan-step: on GPUs start it with torchrun, also on one: "
+                         "torchrun --standalone --nproc-per-node 1 -m streamr1_ref.cli bench wan-step")
+    name, world = run.size or ("full" if device.type == "cuda" else "small"), 1 if mesh is None else mesh.size()
+    dtype, resident = default_dtype(device), 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+    sizes, settings = plan_of_bench(run, name, world, dtype)
+    nets = {role: SIZES[size] if isinstance(size, str) else size
+            for role, size in (("teacher", settings.teacher), ("critic", settings.critic or settings.teacher))}
+    models = random_models(sizes, nets["teacher"], device, dtype, "text encoder" in run.offload, nets["critic"], nets_on="meta")
+    for role in ("student", "critic", "teacher"):
+        offloaded = role in run.offload and mesh is not None
+        net = shard(getattr(models, role), mesh, dtype, role in run.offload)
+        fill_random(net, "cpu" if offloaded else device)
+        set_attention(net, run.attention, device)
+        if role in run.compile:
+            compile_blocks(net)
+    cfg = TrainConfig(distillation=settings.distillation, checkpointing=run.checkpointing)
+    with TemporaryDirectory() as folder, all_or_none(mesh):
+        trainer, watch = Trainer(models, ["a red fox runs over snow"] * 64, cfg, folder, mesh), Stopwatch(device)
+        trainer.update = watch.wrap(partial(Trainer.update, trainer),
+                                    lambda net, *_: "critic" if net is models.critic else "student")
+        for repeat in range(run.steps + 1):
             record = trainer.advance()
             if repeat == 0:
                 watch.seconds.clear(), watch.calls.clear()
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * getrusage(RUSAGE_SELF).ru_maxrss - resident
+    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * getrusage(RUSAGE_SELF).ru_maxrss - resident
     if trainer.rank == 0:
-        print(f"{describe(device)}, {world} processes, torch {torch.__version__}, student of {parameter_count(models.student.cfg):,} parameters, teacher and critic of {parameter_count(models.critic.cfg):,}, {dtype}, a clip of {step.frames} latent frames per process")
-        print(f"critic's update {watch.mean_ms('critic') / 1e3:.2f} s, student's update {watch.mean_ms('student') / 1e3:.2f} s, loss {record.get('loss', float('nan')):.3f}")
-        seconds = published.micro_batches / world * (published.critic_steps * watch.mean_ms("critic") + watch.mean_ms("student")) / 1e3
-        print(f"a published step (critic {published.critic_steps}, student 1) of {published.micro_batches} clips on {world} processes would take {seconds:.0f} s")
-        print(f"peak memory {peak / 2**30:.1f} GiB; planned: {sum(b.memory for b in planned) / 2**30:.1f} GiB, of it weights and training state {sum(b.weights + b.training for b in planned) / 2**30:.1f}")
+        report_wan_step(run, settings, watch, record, used, device)
     if mesh is not None:
         dist.destroy_process_group()
 
+# %% ../nbs/cli.ipynb #c5049275
+def report_wan_step(run: BenchWanStep, settings: PlanSettings, watch: Stopwatch, record: dict, used: float,
+                    device: torch.device) -> None:
+    """Print what a benchmark of a training step found, beside the plan, and write it to `run.out`."""
+    budget, published, world = plan(settings), PRESETS["wan-1.3b"].distillation, settings.gpus
+    seconds = {role: watch.mean_ms(role) / 1e3 for role in ("critic", "student")}
+    whole = published.micro_batches / world * (published.critic_steps * seconds["critic"] + seconds["student"])
+    sizes = ", ".join(f"{role} {budget.parameters[role]:,}" for role in ("student", "critic", "teacher"))
+    print(f"{describe(device)}, {world} processes, torch {torch.__version__}, parameters: {sizes}, {settings.dtype}, "
+          f"{run.attention}, a clip of {settings.distillation.frames} latent frames per process")
+    print(f"critic's update {seconds['critic']:.2f} s, student's update {seconds['student']:.2f} s, "
+          f"loss {record.get('loss', float('nan')):.3f}")
+    print(f"a published step (critic {published.critic_steps}, student 1) of {published.micro_batches} clips on {world} "
+          f"processes would take {whole:.0f} s")
+    print(f"peak memory {used / 2**30:.1f} GiB; planned: {budget.peak / 2**30:.1f} GiB in phase {budget.peak_phase!r}")
+    if run.out:
+        result = {"machine": describe(device), "torch": torch.__version__, "processes": world, "seconds": seconds,
+                  "peak_bytes": used, "planned_bytes": budget.peak, "phase": budget.peak_phase, **budget.parameters}
+        (writable_folder(run.out) / "wan_step_bench.json").write_text(json.dumps(result) + "\n")
+
 # %% ../nbs/cli.ipynb #ad040380
+@dataclass
+class BenchStepParts:
+    """Bytes, kernels and operations of a training step by part, and what changed since the first edition; no GPU needed.
+
+    On the meta device nothing is computed, so the true size takes a minute; on a CPU it is computed, so take wide or small.
+    """
+    size: Literal["full", "wide", "small"] = "full"
+    device: Literal["meta", "cpu"] = "meta"
+    preset: Literal[tuple(NETWORKS)] = "wan-1.3b"
+    out: str | None = None                                # folder for step_parts.json
+
 PARTS = Annotated[BenchParts, tyro.conf.subcommand("parts", prefix_name=False)]
 ROLLOUT = Annotated[BenchRollout, tyro.conf.subcommand("rollout", prefix_name=False)]
 STEP = Annotated[BenchStep, tyro.conf.subcommand("step", prefix_name=False)]
 WAN = Annotated[BenchWan, tyro.conf.subcommand("wan", prefix_name=False)]
 WAN_STEP = Annotated[BenchWanStep, tyro.conf.subcommand("wan-step", prefix_name=False)]
+STEP_PARTS = Annotated[BenchStepParts, tyro.conf.subcommand("step-parts", prefix_name=False)]
 
-def bench(what: tyro.conf.OmitArgPrefixes[PARTS | ROLLOUT | STEP | WAN | WAN_STEP] = BenchParts()) -> None:
-    """Measure this machine: `streamr1 bench parts`, `bench rollout`, `bench step`, and at full scale `bench wan` and `bench wan-step`."""
-    {BenchParts: bench_parts, BenchRollout: bench_rollout, BenchStep: bench_step, BenchWan: bench_wan, BenchWanStep: bench_wan_step}[type(what)](**vars(what))
+def bench(what: tyro.conf.OmitArgPrefixes[PARTS | ROLLOUT | STEP | WAN | WAN_STEP | STEP_PARTS] = BenchParts()) -> None:
+    """Measure this machine: `streamr1 bench parts`, `rollout`, `step`; at full scale `wan`, `wan-step` and `step-parts`."""
+    if isinstance(what, BenchStepParts):
+        out = what.out and writable_folder(what.out) / "step_parts.json"
+        step_parts(what.size, what.device, preset_settings(what.preset), out)
+    elif isinstance(what, BenchWanStep):
+        bench_wan_step(what)
+    else:
+        commands = {BenchParts: bench_parts, BenchRollout: bench_rollout, BenchStep: bench_step, BenchWan: bench_wan}
+        commands[type(what)](**vars(what))
 
 # %% ../nbs/cli.ipynb #5d6d2219
 COMMANDS = {"demo": demo, "train": train_command(), "generate": generate, "evaluate": evaluate, "ablate": ablation, "bench": bench, "info": info,
-            "download": download_command, "embed": embed_command, "plan": plan_command, "convert": convert_command, "score": score,
+            "download": download_command, "embed": embed_command, "plan": plan_command(), "convert": convert_command, "score": score,
             "train-codec": train_codec, "train-teacher": train_teacher_command, "evaluate-teacher": evaluate_teacher_command,
             "make-pairs": make_pairs, "initialise-student": initialise_student, "evaluate-student": evaluate_student, "train-reward": train_reward}
 
@@ -1047,7 +1142,8 @@ def main(args: list[str] | None = None) -> int:
     """
     args = sys.argv[1:] if args is None else args
     try:
-        commands = COMMANDS | {"train": train_command(preset_of(args))}
+        planned = next((a for a in args[1:] if a in NETWORKS), "wan-1.3b")
+        commands = COMMANDS | {"train": train_command(preset_of(args)), "plan": plan_command(planned)}
         tyro.extras.subcommand_cli_from_dict(commands, prog="streamr1", args=args)
     except (ValueError, OSError) as error:
         print(f"streamr1: {error}", file=sys.stderr)
