@@ -33,7 +33,7 @@ __all__ = ['aten', 'VIEWS', 'ATTENTION', 'RMS_NORM', 'ROLLOUT_SETTINGS', 'QUESTI
            'other_phases', 'Budget', 'step_flops', 'frozen_parameters', 'plan', 'plan_table', 'possible_changes',
            'combined', 'cheapest', 'as_typed', 'largest_layer', 'check_memory', 'MetaText', 'models_on_meta',
            'PhaseNotes', 'metered_step', 'AttentionCalls', 'vision_calls', 'copied_inputs', 'before_and_after',
-           'print_step_parts', 'step_parts']
+           'step_parts_table', 'step_parts']
 
 # %% ../nbs/15c_budget.ipynb #3c31aa1e
 from . import objective, rollout
@@ -331,7 +331,7 @@ class RolloutCost:
     backward: float  # one layer computed again and differentiated, and the gradients that wait
     flops: float
 
-# %% ../nbs/15c_budget.ipynb #3bb9ba64
+# %% ../nbs/15c_budget.ipynb #7b90f93c
 ROLLOUT_SETTINGS = "frames_per_block", "cache", "evict", "context_noise", "context_lookup"
 
 
@@ -376,7 +376,7 @@ def measure_rollout(
     work = forward - store - view - (kept - left)
     return RolloutCost(store, view, left, kept - left, work, live.peak - kept, live.flops)
 
-# %% ../nbs/15c_budget.ipynb #7089f688
+# %% ../nbs/15c_budget.ipynb #9dd4bc2c
 @measured_once
 def rollout_cost(
     cfg: WanConfig,
@@ -406,7 +406,7 @@ def copied_past(cfg: WanConfig, run: Distillation, number: int = 2) -> float:
         past += size
     return 2 * cfg.num_layers * run.batch * seen * rows * columns * cfg.dim * number
 
-# %% ../nbs/15c_budget.ipynb #ea689649
+# %% ../nbs/15c_budget.ipynb #fb081423
 QUESTION = [
     "fox " * 320
 ]  # a prompt that makes the question as long as the published one with a long prompt
@@ -438,7 +438,7 @@ def judge_on_meta(
         part.train(checkpointing)
     return reward
 
-# %% ../nbs/15c_budget.ipynb #e6b53e92
+# %% ../nbs/15c_budget.ipynb #48b6511c
 def measure_judge(
     reward: VideoReward, frames: int, size: tuple[int, int], batch: int = 1, saliency: bool = True
 ) -> Cost:
@@ -462,7 +462,7 @@ def measure_judge(
                 scored(pixels, QUESTION * batch)
     return Cost(kept[0], live.peak, live.flops)
 
-# %% ../nbs/15c_budget.ipynb #34c93bdd
+# %% ../nbs/15c_budget.ipynb #10196759
 @measured_once
 @torch.no_grad()
 def codec_cost(
@@ -507,7 +507,7 @@ def judge_cost(
 
     return Cost(whole("kept"), whole("kept") + one.work, whole("flops"))
 
-# %% ../nbs/15c_budget.ipynb #c13f1450
+# %% ../nbs/15c_budget.ipynb #d1f4bed1
 @measured_once
 @torch.no_grad()
 def text_cost(sizes: Sizes, dtype: torch.dtype = torch.bfloat16) -> Cost:
@@ -521,7 +521,7 @@ def text_cost(sizes: Sizes, dtype: torch.dtype = torch.bfloat16) -> Cost:
     one, two = found
     return Cost(one.kept, one.peak, layered(one.flops, two.flops, sizes.text["num_layers"]))
 
-# %% ../nbs/15c_budget.ipynb #ac27b68f
+# %% ../nbs/15c_budget.ipynb #2abf16ea
 def forward_flops(cfg: WanConfig, frames: int, context_frames: int = 0, clips: int = 1) -> float:
     """Operations of a pass over latent `frames` that also see `context_frames` cached ones; formula
     of chapter 15c.
@@ -543,7 +543,7 @@ def forward_flops(cfg: WanConfig, frames: int, context_frames: int = 0, clips: i
     )
     return clips * (cfg.num_layers * layer + ends)
 
-# %% ../nbs/15c_budget.ipynb #fe4de524
+# %% ../nbs/15c_budget.ipynb #16c02172
 def rollout_flops(
     cfg: WanConfig,
     run: Distillation,
@@ -565,7 +565,7 @@ def rollout_flops(
     )
     return one + (calls - 1) * (two - one) + extra
 
-# %% ../nbs/15c_budget.ipynb #3cf244d3
+# %% ../nbs/15c_budget.ipynb #a0cf0394
 def check_plan_settings(s: PlanSettings) -> None:
     """ValueError for sizes, types, parts or numbers of GPUs that no run can have."""
     for name in ("student", "teacher", "critic"):
@@ -582,7 +582,7 @@ def check_plan_settings(s: PlanSettings) -> None:
         raise ValueError(f"offload: expected parts of teacher, text encoder, got {wrong}")
     latent_size_of(s.resolution)
 
-# %% ../nbs/15c_budget.ipynb #110864d9
+# %% ../nbs/15c_budget.ipynb #333211f0
 @dataclass(frozen=True)
 class PlanSettings:
     """A training run as `plan` needs it; the defaults are the published run of Wan2.1 1.3B on 8
@@ -617,7 +617,7 @@ class PlanSettings:
         "In which networks, text encoder, VAE and reward model compute."
         return getattr(torch, self.dtype)
 
-# %% ../nbs/15c_budget.ipynb #789314a0
+# %% ../nbs/15c_budget.ipynb #ec33dde2
 def preset_settings(preset: str = "wan-1.3b", **changes) -> PlanSettings:
     """A preset's run with its teacher and critic; `changes` are fields of `PlanSettings`.
     ValueError for unknown names.
@@ -640,7 +640,7 @@ FIRST_EDITION = {
     "reward_checkpointing": False,
 }
 
-# %% ../nbs/15c_budget.ipynb #6f361e88
+# %% ../nbs/15c_budget.ipynb #729b7d61
 ALLOWANCE = 1.5 * 2**30  # bytes of CUDA's context, workspaces and waste: a guess, not measured
 
 
@@ -670,7 +670,7 @@ def gathered_bytes(
     ends = parameter_count(cfg) - cfg.num_layers * layer
     return number * (ends + (1 + ahead) * layer) + 4 * layer * backward
 
-# %% ../nbs/15c_budget.ipynb #77ea27d7
+# %% ../nbs/15c_budget.ipynb #f3be2a26
 def resident_bytes(s: PlanSettings, parameters: Mapping[str, int]) -> dict[str, float]:
     """Bytes that every GPU holds from the first step to the last, by part."""
     share, number = s.gpus if s.sharded else 1, s.compute_dtype.itemsize
@@ -692,7 +692,7 @@ def resident_bytes(s: PlanSettings, parameters: Mapping[str, int]) -> dict[str, 
     gone |= set() if s.weighting.needs_reward else {"reward model"}
     return {part: size for part, size in held.items() if part not in gone | set(s.offload)}
 
-# %% ../nbs/15c_budget.ipynb #10872d1f
+# %% ../nbs/15c_budget.ipynb #078a6357
 @measured_once
 def adam_temporaries(fused: bool) -> float:
     """Bytes that a step of AdamW needs for a while, per byte of the weights that it updates."""
@@ -731,7 +731,7 @@ def critic_phases(s: PlanSettings, nets: Mapping[str, WanConfig]) -> dict[str, d
         },
     }
 
-# %% ../nbs/15c_budget.ipynb #3fd8e2c9
+# %% ../nbs/15c_budget.ipynb #940b25a8
 def reward_costs(s: PlanSettings, nets: Mapping[str, WanConfig]) -> tuple[Cost, Cost]:
     """Costs of decoding a micro-batch and of judging it, the latter by the gradient at the pixels
     where it is needed.
@@ -750,7 +750,7 @@ def reward_costs(s: PlanSettings, nets: Mapping[str, WanConfig]) -> tuple[Cost, 
         s.weighting.needs_saliency,
     )
 
-# %% ../nbs/15c_budget.ipynb #dee2bbed
+# %% ../nbs/15c_budget.ipynb #77ad9385
 def student_phases(s: PlanSettings, nets: Mapping[str, WanConfig]) -> dict[str, dict[str, float]]:
     """Bytes by phase and part of the student's update, on top of what is resident."""
     run, dtype, student = s.distillation, s.compute_dtype, nets["student"]
@@ -778,7 +778,7 @@ def student_phases(s: PlanSettings, nets: Mapping[str, WanConfig]) -> dict[str, 
     work = {"layer at work, gradients that wait": rolled.backward}
     return found | {"student: backward": phase(work, "student", backward=True)}
 
-# %% ../nbs/15c_budget.ipynb #2487d3e6
+# %% ../nbs/15c_budget.ipynb #afaeee2b
 def other_phases(s: PlanSettings, parameters: Mapping[str, int]) -> dict[str, dict[str, float]]:
     """Bytes by phase and part of embedding a prompt (unless that was done beforehand) and of the
     optimizer.
@@ -792,7 +792,7 @@ def other_phases(s: PlanSettings, parameters: Mapping[str, int]) -> dict[str, di
             phases["prompts"]["text encoder"] = dtype.itemsize * parameters["text encoder"]
     return phases
 
-# %% ../nbs/15c_budget.ipynb #727e491b
+# %% ../nbs/15c_budget.ipynb #fb192c8e
 @dataclass(frozen=True)
 class Budget:
     """What a training step takes on each GPU, in bytes, and over all GPUs, in operations."""
@@ -840,7 +840,7 @@ def step_flops(s: PlanSettings, nets: Mapping[str, WanConfig]) -> dict[str, floa
         each["VAE"], each["reward model"] = (cost.flops for cost in reward_costs(s, nets))
     return {part: run.micro_batches * flops for part, flops in each.items()}
 
-# %% ../nbs/15c_budget.ipynb #b8dec304
+# %% ../nbs/15c_budget.ipynb #f01fa8fc
 @measured_once
 def frozen_parameters(parts: Sizes) -> dict[str, int]:
     """Parameters of text encoder, reward model and VAE, counted on the meta device."""
@@ -861,7 +861,7 @@ def plan(s: PlanSettings = PlanSettings()) -> Budget:
     phases = critic_phases(s, nets) | student_phases(s, nets) | other_phases(s, parameters)
     return Budget(s, parameters, resident_bytes(s, parameters), phases, step_flops(s, nets))
 
-# %% ../nbs/15c_budget.ipynb #eafebb1d
+# %% ../nbs/15c_budget.ipynb #c46571c6
 def plan_table(budget: Budget, parts: int = 3) -> str:
     """A budget as text: resident parts, each phase with its `parts` largest, the peak, and
     operations by part.
@@ -889,7 +889,7 @@ def plan_table(budget: Budget, parts: int = 3) -> str:
         lines + [f"  {part:42}{flops / 1e15:7.1f}" for part, flops in budget.flops.items() if flops]
     )
 
-# %% ../nbs/15c_budget.ipynb #3cc384f2
+# %% ../nbs/15c_budget.ipynb #7b9f6906
 TYPED = {
     "train": {
         "text_ready": "--text-cache FOLDER (made by streamr1 embed)",
@@ -913,7 +913,7 @@ TYPED = {
     },
 }
 
-# %% ../nbs/15c_budget.ipynb #d943cbf9
+# %% ../nbs/15c_budget.ipynb #43ac963f
 def possible_changes(s: PlanSettings) -> list[dict]:
     """Single changes that may make `s` smaller, as fields of `PlanSettings`, what costs least
     first.
@@ -954,7 +954,7 @@ def combined(s: PlanSettings, changes: Sequence[dict]) -> PlanSettings | None:
         return None
     return replace(s, **made)
 
-# %% ../nbs/15c_budget.ipynb #ec452716
+# %% ../nbs/15c_budget.ipynb #e0fa0af0
 def cheapest(s: PlanSettings, available: float, most: int = 4) -> PlanSettings | None:
     """The settings with the cheapest change, or smallest combination of up to `most`, that need at
     most `available` bytes.
@@ -998,7 +998,7 @@ def as_typed(before: PlanSettings, after: PlanSettings, command: str = "train") 
     }
     return " ".join(TYPED[command][name].format(value=value) for name, value in shown.items())
 
-# %% ../nbs/15c_budget.ipynb #9050e3de
+# %% ../nbs/15c_budget.ipynb #3a044f82
 WHOLE = (
     "layer at work",
     "layer at work, gradients that wait",
@@ -1019,7 +1019,7 @@ def largest_layer(budget: Budget) -> tuple[str, float]:
     phase = max(alone, key=alone.get)
     return phase, alone[phase]
 
-# %% ../nbs/15c_budget.ipynb #09b7fb74
+# %% ../nbs/15c_budget.ipynb #63772d84
 def check_memory(budget: Budget, available: float, command: str = "train") -> None:
     """ValueError if a budget needs more than `available` bytes on a GPU: with its figures and the
     cheapest way out.
@@ -1056,7 +1056,7 @@ def check_memory(budget: Budget, available: float, command: str = "train") -> No
         f"({gib(plan(better).peak)})"
     )
 
-# %% ../nbs/15c_budget.ipynb #dfbf54ef
+# %% ../nbs/15c_budget.ipynb #fea99a6f
 class MetaText:
     """A `TextEncoder` for the meta device: embeddings of the right shape."""
 
@@ -1087,7 +1087,7 @@ def models_on_meta(s: PlanSettings) -> Models:
         reward,
     )
 
-# %% ../nbs/15c_budget.ipynb #f138aafa
+# %% ../nbs/15c_budget.ipynb #f379f8f6
 class PhaseNotes:
     """Rows of what a meter counted by phase; `wrap` makes a function that notes its phase when it
     is called.
@@ -1128,16 +1128,16 @@ class PhaseNotes:
 
         return named
 
-# %% ../nbs/15c_budget.ipynb #5d87c99a
+# %% ../nbs/15c_budget.ipynb #7dd5dc58
 STEP_PHASES = (
     (objective, "self_forcing_rollout", "rollout"),
     (objective, "critic_loss", "loss"),
     (objective, "predictions", "scores"),
-    (objective, "pixel_saliency", "reward"),
+    (objective, "saliency_maps", "reward"),
     (torch.Tensor, "backward", "backward"),
 )
 
-# %% ../nbs/15c_budget.ipynb #e9c325e9
+# %% ../nbs/15c_budget.ipynb #431fce4d
 def metered_step(
     models: Models,
     run: Distillation,
@@ -1174,7 +1174,7 @@ def metered_step(
         distiller.step()
     return notes.rows
 
-# %% ../nbs/15c_budget.ipynb #b432439d
+# %% ../nbs/15c_budget.ipynb #a9af24e8
 class AttentionCalls:
     """Counts the calls of attention while it is entered."""
 
@@ -1211,7 +1211,7 @@ def vision_calls(sizes: Sizes, frames: int, size: tuple[int, int], library: bool
         0 if library else 1
     )  # the language model's layer makes one
 
-# %% ../nbs/15c_budget.ipynb #bfa6c87d
+# %% ../nbs/15c_budget.ipynb #c28e8ad1
 @measured_once
 def copied_inputs(cfg: WanConfig, run: Distillation) -> float:
     """Bytes that a rollout keeps beside its cache if the cache hands out copies of the past: a
@@ -1227,7 +1227,7 @@ def copied_inputs(cfg: WanConfig, run: Distillation) -> float:
         )
     return layered(one, two, cfg.num_layers)
 
-# %% ../nbs/15c_budget.ipynb #dcbd8605
+# %% ../nbs/15c_budget.ipynb #1d7d9edc
 def before_and_after(s: PlanSettings) -> list[dict]:
     """Rows of what changed since the first edition: part, unit, and the figure before and after."""
     student, run, dtype = resolved(s)["student"], s.distillation, s.compute_dtype
@@ -1253,20 +1253,23 @@ def before_and_after(s: PlanSettings) -> list[dict]:
         dict(part="text encoder, embedded beforehand", unit="GB", before=2 * text, after=ready),
     ]
 
-# %% ../nbs/15c_budget.ipynb #71c2390b
-def print_step_parts(result: dict) -> None:
-    """Print what `step_parts` found as two tables."""
+# %% ../nbs/15c_budget.ipynb #4f6836e1
+def step_parts_table(result: dict) -> str:
+    """What `step_parts` found as two tables of text."""
     columns = f"{'kernels':>10}{'GB moved':>11}{'TFLOP':>10}{'GiB kept':>10}{'GiB peak':>10}"
-    print(f"{'a step, one critic update':26}{columns}")
+    lines = [f"{'a step, one critic update':26}{columns}"]
     for phase, row in result["step"].items():
-        sizes = f"{row['kept'] / 2**30:10.3f}{row['peak'] / 2**30:10.3f}"
-        work = f"{row['moved'] / 1e9:11.3f}{row['flops'] / 1e12:10.3f}"
-        print(f"{phase:26}{row['kernels']:10,}{work}{sizes}")
-    print(f"\n{'what changed':50}{'before':>10}{'after':>10}")
+        work = f"{row['moved'] / 1e9:11.3g}{row['flops'] / 1e12:10.3g}"
+        lines.append(
+            f"{phase:26}"
+            f"{row['kernels']:10,}{work}{row['kept'] / 2**30:10.3g}{row['peak'] / 2**30:10.3g}"
+        )
+    lines += ["", f"{'what changed':50}{'before':>10}{'after':>10}"]
     for row in result["changes"]:
-        print(f"{row['part']:50}{row['before']:10.3f}{row['after']:10.3f} {row['unit']}")
+        lines.append(f"{row['part']:50}{row['before']:10.4g}{row['after']:10.4g} {row['unit']}")
+    return "\n".join(lines)
 
-# %% ../nbs/15c_budget.ipynb #4d37f69d
+# %% ../nbs/15c_budget.ipynb #fcaf4fef
 def step_parts(
     size: str = "full",
     device: str = "meta",
@@ -1294,7 +1297,7 @@ def step_parts(
     rows = metered_step(models, run, s.weighting, s.checkpointing, device, gradients=True)
     made_with = {"size": size, "device": device, "torch": torch.__version__}
     result = made_with | {"step": rows, "changes": before_and_after(s)}
-    print_step_parts(result)
+    print(step_parts_table(result))
     if out is not None:
         Path(out).write_text(json.dumps(result) + "\n")
     return result

@@ -1,4 +1,4 @@
-"""The plan against whole networks and whole steps on the meta device, at the true sizes; bad input."""
+"""The plan against whole networks and steps on the meta device, at the true sizes; bad input."""
 
 import json
 from dataclasses import replace
@@ -9,11 +9,34 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from streamr1_ref.budget import (
-    FIRST_EDITION, TYPED, PlanSettings, as_typed, cheapest, check_memory, codec_cost, gathered_bytes, judge_cost,
-    judge_on_meta, largest_layer, measure_judge, measure_pass, measure_rollout, meta_network, metered_step, models_on_meta,
-    parameter_count, pass_cost, plan, plan_table, preset_settings, resident_bytes, resolved, rollout_cost, step_parts)
-from streamr1_ref.fullscale import SMALL, Sizes
-from streamr1_ref.objective import METHODS, Distillation
+    FIRST_EDITION,
+    TYPED,
+    PlanSettings,
+    as_typed,
+    cheapest,
+    check_memory,
+    codec_cost,
+    gathered_bytes,
+    judge_cost,
+    judge_on_meta,
+    largest_layer,
+    measure_judge,
+    measure_pass,
+    measure_rollout,
+    meta_network,
+    metered_step,
+    models_on_meta,
+    pass_cost,
+    plan,
+    plan_table,
+    preset_settings,
+    resident_bytes,
+    resolved,
+    rollout_cost,
+    step_parts,
+)
+from streamr1_ref.fullscale import Sizes
+from streamr1_ref.objective import METHODS
 from streamr1_ref.train import PRESETS, TrainConfig, Trainer, shard
 from streamr1_ref.transformer import WanConfig
 from streamr1_ref.wan import SIZES
@@ -52,7 +75,9 @@ def test_a_pass_without_checkpointing_at_true_size():
 
 @pytest.mark.parametrize("training", [False, True])
 def test_rollout_at_true_size(training):
-    whole = measure_rollout(meta_network(true_size("1.3B"), checkpointing=True), PUBLISHED, training)
+    whole = measure_rollout(
+        meta_network(true_size("1.3B"), checkpointing=True), PUBLISHED, training
+    )
     planned = rollout_cost(true_size("1.3B"), PUBLISHED, training=training)
     for part, value in vars(whole).items():
         if value > 2**20:
@@ -69,7 +94,7 @@ def test_reward_model_at_true_size():
 
 
 def test_a_whole_step_at_true_size():
-    """Chapter 12's own step: 1.3 B student and critic, 14 B teacher, VAE, VideoReward, 21 frames."""
+    """Chapter 12's step: 1.3 B student and critic, 14 B teacher, VAE, VideoReward, 21 frames."""
     run = replace(PUBLISHED, micro_batches=1, exit_group=1, critic_steps=1, steps=(1000,))
     s = PlanSettings(teacher="14B", critic="1.3B", distillation=run, gpus=1, sharded=False)
     measured = metered_step(models_on_meta(s), run)
@@ -85,26 +110,43 @@ def test_a_whole_step_at_true_size():
 
 
 def test_resident_parts_are_those_of_a_trainer(tmp_path):
-    """Weights, gradients, moments and EMA of the real trainer, at the true sizes on the meta device."""
+    """Weights, gradients, moments and EMA of the real trainer, at the true sizes."""
     s = replace(preset_settings("stream-r1"), gpus=1)
     models = models_on_meta(replace(s, dtype="float32"))
-    trainer = Trainer(models, ["a"], TrainConfig(distillation=replace(s.distillation, guidance=0.0)), tmp_path)
+    trainer = Trainer(
+        models, ["a"], TrainConfig(distillation=replace(s.distillation, guidance=0.0)), tmp_path
+    )
     planned = resident_bytes(s, plan(s).parameters)
     for role, net in (("student", models.student), ("critic", models.critic)):
-        state = {name: t.numel() * t.element_size() for name, t in trainer.tensors().items() if name.startswith(f"{role}.")}
+        state = {
+            name: t.numel() * t.element_size()
+            for name, t in trainer.tensors().items()
+            if name.startswith(f"{role}.")
+        }
         gradients = sum(4 * p.numel() for p in net.parameters())
-        close(planned[f"{role}: weights"] + planned[f"{role}: gradients, moments"], sum(state.values()) + gradients)
+        close(
+            planned[f"{role}: weights"] + planned[f"{role}: gradients, moments"],
+            sum(state.values()) + gradients,
+        )
     average = sum(t.numel() * t.element_size() for t in trainer.average.values())
     close(planned["student: EMA"], average)
-    for part, module in (("teacher", models.teacher), ("reward model", models.reward), ("VAE", models.codec.vae)):
+    for part, module in (
+        ("teacher", models.teacher),
+        ("reward model", models.reward),
+        ("VAE", models.codec.vae),
+    ):
         close(planned[part], sum(2 * p.numel() for p in module.parameters()))
 
 
-def sharded_peak(cfg: WanConfig) -> tuple[float, float]:
-    """Bytes of whole weights in the forward pass, and, with gradients to be summed, in the backward pass of FSDP."""
+def sharded_peak(cfg: WanConfig) -> tuple[float, int]:
+    """Most bytes of whole weights that FSDP holds in a forward pass, and how often we looked."""
     net = shard(meta_network(cfg, torch.float32), init_device_mesh("cpu", (1,)), torch.bfloat16)
     net.to_empty(device="cpu")
-    parts = [p for group in (net, *net.blocks) for p in group._get_fsdp_state()._fsdp_param_group.fsdp_params]
+    parts = [
+        p
+        for group in (net, *net.blocks)
+        for p in group._get_fsdp_state()._fsdp_param_group.fsdp_params
+    ]
     seen = []
 
     def whole(*_):
@@ -128,8 +170,12 @@ def test_gathered_layers_are_those_of_fsdp():
     finally:
         dist.destroy_process_group()
     assert calls == 3
-    close(gathered_bytes(cfg, ahead=0), measured)            # a CPU fetches no layer ahead
-    assert gathered_bytes(cfg) > gathered_bytes(cfg, ahead=0) < gathered_bytes(cfg, ahead=0, backward=True)
+    close(gathered_bytes(cfg, ahead=0), measured)  # a CPU fetches no layer ahead
+    assert (
+        gathered_bytes(cfg)
+        > gathered_bytes(cfg, ahead=0)
+        < gathered_bytes(cfg, ahead=0, backward=True)
+    )
 
 
 def test_published_configurations():
@@ -139,7 +185,9 @@ def test_published_configurations():
         assert low < budget.peak / GIB < high
         assert budget.peak < plan(replace(budget.settings, **FIRST_EDITION)).peak - 60 * GIB
         assert budget.work > 0.7e18 and f"{budget.work / 1e15:7.0f}" in plan_table(budget)
-    large, published = (plan(PlanSettings(teacher="14B", critic=critic)) for critic in (None, "1.3B"))
+    large, published = (
+        plan(PlanSettings(teacher="14B", critic=critic)) for critic in (None, "1.3B")
+    )
     assert 3 < large.work / published.work < 3.3
 
 
@@ -153,8 +201,8 @@ def test_cheapest_change_first():
     s = PlanSettings(teacher="14B", gpus=8)
     single = cheapest(s, 70 * GIB)
     assert single == replace(s, text_ready=True)
-    assert as_typed(s, cheapest(s, 40 * GIB), "plan") == "--critic 1.3B --offload \"text encoder\"" or plan(
-        cheapest(s, 40 * GIB)).peak <= 40 * GIB
+    tight = cheapest(s, 40 * GIB)
+    assert plan(tight).peak <= 40 * GIB and "--critic 1.3B" in as_typed(s, tight, "plan")
     slow = replace(s, dtype="float32")
     assert cheapest(slow, plan(replace(slow, text_ready=True)).peak - 1).dtype == "bfloat16"
     with pytest.raises(ValueError, match=r"it fits with --text-cache FOLDER .*\(6\d\.\d GiB\)"):
@@ -166,10 +214,21 @@ def test_cheapest_change_first():
 @pytest.mark.parametrize("command", TYPED)
 def test_typed_words_are_complete(command):
     before = PlanSettings(teacher="14B", gpus=8, dtype="float32", fused=False, checkpointing=False)
-    after = replace(before, critic="1.3B", gpus=16, dtype="bfloat16", fused=True, checkpointing=True, text_ready=True,
-                    offload=("teacher",), distillation=replace(before.distillation, frames=9))
+    after = replace(
+        before,
+        critic="1.3B",
+        gpus=16,
+        dtype="bfloat16",
+        fused=True,
+        checkpointing=True,
+        text_ready=True,
+        offload=("teacher",),
+        distillation=replace(before.distillation, frames=9),
+    )
     typed = as_typed(before, after, command)
-    assert "{" not in typed and all(word in typed for word in ("1.3B", "16", "bfloat16", "offload teacher", "frames 9"))
+    assert "{" not in typed and all(
+        word in typed for word in ("1.3B", "16", "bfloat16", "offload teacher", "frames 9")
+    )
 
 
 def test_a_gpu_that_cannot_hold_one_layer():
@@ -181,11 +240,18 @@ def test_a_gpu_that_cannot_hold_one_layer():
         check_memory(budget, alone + 20 * GIB)
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (dict(gpus=0), "gpus: expected a divisor"), (dict(gpus=7), "gpus: expected a divisor of micro_batches=64, got 7"),
-    (dict(critic="2B"), "critic: expected one of 1.3B, 14B"), (dict(dtype="half"), "dtype: expected bfloat16 or float32"),
-    (dict(offload=("critic",)), "offload: expected parts of teacher, text encoder, got critic"),
-    (dict(teacher_dtype="int8"), "teacher_dtype: expected"), (dict(resolution=(481, 832)), "resolution: expected height")])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(gpus=0), "gpus: expected a divisor"),
+        (dict(gpus=7), "gpus: expected a divisor of micro_batches=64, got 7"),
+        (dict(critic="2B"), "critic: expected one of 1.3B, 14B"),
+        (dict(dtype="half"), "dtype: expected bfloat16 or float32"),
+        (dict(offload=("critic",)), "offload: expected parts of teacher, text encoder, got critic"),
+        (dict(teacher_dtype="int8"), "teacher_dtype: expected"),
+        (dict(resolution=(481, 832)), "resolution: expected height"),
+    ],
+)
 def test_settings_that_no_run_can_have(wrong, message):
     with pytest.raises(ValueError, match=message):
         PlanSettings(**wrong)
@@ -199,16 +265,21 @@ def test_plain_dmd_needs_no_reward_model():
 
 def test_window_and_frames_change_the_plan():
     short = replace(PlanSettings(), distillation=replace(PUBLISHED, frames=9))
-    assert plan(short).peak < plan(PlanSettings()).peak and plan(short).work < 0.4 * plan(PlanSettings()).work
+    assert (
+        plan(short).peak < plan(PlanSettings()).peak
+        and plan(short).work < 0.4 * plan(PlanSettings()).work
+    )
     assert codec_cost("{}", 9, (60, 104)).kept == 33 * 3 * 480 * 832 * 4
 
 
 def test_step_parts_with_real_tensors(tmp_path, capsys):
     made = step_parts("small", "cpu", out=tmp_path / "parts.json")
     assert json.loads((tmp_path / "parts.json").read_text()) == made
-    assert made["step"]["optimizer"]["kernels"] > 0 and "vision attention" in capsys.readouterr().out
+    assert (
+        made["step"]["optimizer"]["kernels"] > 0 and "vision attention" in capsys.readouterr().out
+    )
     on_meta = step_parts("small")
     for phase in ("student: rollout", "critic: loss"):
-        assert 0.5 < made["step"][phase]["peak"] / on_meta["step"][phase]["peak"] / 2 < 2      # float32 against bfloat16
-    small = Distillation(batch=1, frames=3, micro_batches=1, critic_steps=1, evict=False)
-    assert parameter_count(SMALL.net) > 0 and small.frames == 3
+        assert (
+            0.5 < made["step"][phase]["peak"] / on_meta["step"][phase]["peak"] / 2 < 2
+        )  # float32 against bfloat16
