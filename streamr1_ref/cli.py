@@ -372,7 +372,7 @@ def preset_of(args: Sequence[str]) -> str:
     return given[-1] if given and given[-1] in NETWORKS else "wan-1.3b"
 
 # %% ../nbs/cli.ipynb #5f61831d
-def embed_command(preset: Literal[tuple(NETWORKS)] = "wan-1.3b", text_cache: str = "weights/text",
+def embed_command(preset: Annotated[Literal[tuple(NETWORKS)], tyro.conf.Positional] = "wan-1.3b", text_cache: str = "weights/text",
                   data: str = WanRun.data, base: str = WanRun.base, steps: int | None = None, seed: int = 0, batch: int = 16,
                   dtype: Literal["bfloat16", "float32"] | None = None) -> None:
     """Make the prompt embeddings of a training beforehand, so that it needs no text encoder; goes on after an interruption.
@@ -576,22 +576,28 @@ def download_command(names: Annotated[tuple[Literal[tuple(DOWNLOADS)], ...], tyr
         print("fetched", download(name, folder, source))
 
 # %% ../nbs/cli.ipynb #2e245237
-def score(videos: Annotated[str, tyro.conf.Positional], reward: str = "tiny", reward_base: str = "weights/qwen2-vl", template: str | None = None,
-          reward_size: tuple[int, int] = (336, 588), frames: int = 81, out: str | None = None) -> None:
+def score(videos: Annotated[str, tyro.conf.Positional], reward: str = "tiny", reward_base: str = "weights/qwen2-vl",
+          template: str | None = None, reward_size: tuple[int, int] = (336, 588), frames: int = 81,
+          sampling: Literal["training", "offline"] = "training", reward_input: RewardInput = RewardInput(),
+          out: str | None = None) -> None:
     """Score the videos of `streamr1 generate` with a reward model, and write scores.csv.
 
     Args:
         videos: Folder with the videos and videos.json.
         reward: tiny, or a checkpoint folder of VideoAlign, such as weights/video-reward.
         reward_base: The model that it was tuned from.
-        template: File with the checkpoint's question; without it our own wording, with a warning.
-        reward_size: Height and width of what the reward model sees.
+        template: File with the checkpoint's question, with {video}, {prompt} and the reward tokens; without it our own
+            wording, with a warning.
+        reward_size: Height and width of what the reward model sees in training's sampling.
         frames: Long videos are scored in pieces of this many.
+        sampling: As a training shows clips to the reward model, or as VideoAlign scores files offline.
+        reward_input: How frames reach it in training's sampling; written beside every score.
         out: CSV file; by default scores.csv beside the videos.
     """
     device = place_process()
-    model = load_reward() if reward == "tiny" else load_video_reward(reward, reward_base, template, default_dtype(device), reward_size).to(device)
-    rows = score_videos(model, videos, frames, device if reward != "tiny" else "cpu", progress=True)
+    model = load_reward() if reward == "tiny" else load_video_reward(reward, reward_base, template, default_dtype(device),
+                                                                     reward_size, reward_input).to(device)
+    rows = score_videos(model, videos, frames, device if reward != "tiny" else "cpu", True, sampling)
     path = write_table(out or Path(videos) / "scores.csv", rows)
     for axis in (*model.axes, "overall"):
         print(f"{axis:8}{sum(r[axis] for r in rows) / len(rows):+8.3f}   mean over {len(rows)} pieces")

@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 # %% auto #0
 __all__ = ['DOWNLOADS', 'TRAINING', 'SMALL', 'WIDE', 'PRESETS', 'Download', 'find_mirror', 'wanted_files', 'ask_hub', 'download',
            'copy_file', 'check_files', 'Sizes', 'random_text', 'random_codec', 'random_reward', 'random_pipeline',
-           'random_models', 'fill_random', 'count', 'video_name', 'pieces', 'score_videos', 'write_table']
+           'random_models', 'fill_random', 'count', 'video_name', 'pieces', 'score_videos', 'score_piece',
+           'write_table']
 
 # %% ../nbs/15b_full_scale.ipynb #a332eae1
 from .attention import set_attention
@@ -33,7 +34,7 @@ from .pipeline import StreamR1Pipeline
 from .reward import RewardModel
 from .rollout import StreamSampler
 from .transformer import WanConfig, WanTransformer
-from .video_reward import OWN_WORDING, REWARD_TOKENS, VideoReward
+from .video_reward import OWN_WORDING, REWARD_TOKENS, VideoReward, offline_scores
 from .wan import UMT5Text, compile_parts, word_tokenizer
 
 # %% ../nbs/15b_full_scale.ipynb #ed74b89b
@@ -246,23 +247,39 @@ def pieces(clip: torch.Tensor, frames: int = 81) -> Iterator[tuple[int, torch.Te
 
 # %% ../nbs/15b_full_scale.ipynb #3562699d
 @torch.no_grad()
-def score_videos(model: RewardModel, folder: str | Path, frames: int = 81, device: torch.device | str = "cpu", progress: bool = False) -> list[dict]:
-    """Rewards of all videos in a folder of `streamr1 generate`, a row per piece: file, prompt, second, frames, one column per axis, overall (their mean).
+def score_videos(model: RewardModel, folder: str | Path, frames: int = 81, device: torch.device | str = "cpu",
+                 progress: bool = False, sampling: str = "training") -> list[dict]:
+    """Rewards of all videos in a folder of `streamr1 generate`, a row per piece.
 
-    FileNotFoundError if the folder has no record (videos.json, or videos-RANK.json of several processes).
+    A row has file, prompt, second, frames, a column per axis, overall (their mean), and what the scores depend on besides,
+    as columns input_... (VideoReward's `record`). `sampling` "training" shows the model all frames, as a training does;
+    "offline" two a second in a file's size, as VideoAlign scores files. FileNotFoundError if the folder has no record
+    (videos.json, or videos-RANK.json of several processes); ValueError for another sampling, or one that the model lacks.
     """
+    if sampling not in ("training", "offline") or sampling == "offline" and not isinstance(model, VideoReward):
+        raise ValueError(f"sampling: expected training, or offline with VideoReward, got {sampling!r} for {type(model).__name__}")
     records = [r for path in sorted(Path(folder).glob("videos*.json")) for r in json.loads(path.read_text())]
     if not records:
         raise FileNotFoundError(f"folder: expected videos.json, as streamr1 generate writes it, in {folder}")
-    rows, stride = [], getattr(model, "time_stride", 1)                                                 # the tiny judge reads 1 + 4k frames
+    rows, stride = [], getattr(model, "time_stride", 1)              # the tiny world's model reads 1 + 4k frames
     for record in progress_bar(records, "scores", progress):
         clip, fps = read_mp4(Path(folder) / record["file"])
         grain = record.get("enlarge", 1)
-        for start, part in pieces(clip[..., grain // 2::grain, grain // 2::grain], frames):             # the middle of each enlarged pixel
+        for start, part in pieces(clip[..., grain // 2::grain, grain // 2::grain], frames):     # the middle of each enlarged pixel
             part = part[:1 + (len(part) - 1) // stride * stride]
-            scores = {axis: r.item() for axis, r in model(part[None].to(device), [record["prompt"]]).items()}
-            rows.append({"file": record["file"], "prompt": record["prompt"], "second": round(start / fps, 2), "frames": len(part), **scores, "overall": sum(scores.values()) / len(scores)})
+            scores, seen = score_piece(model, part[None].to(device), fps, record["prompt"], sampling)
+            rows.append({"file": record["file"], "prompt": record["prompt"], "second": round(start / fps, 2),
+                         "frames": len(part), **scores, "overall": sum(scores.values()) / len(scores),
+                         **{f"input_{name}": value for name, value in seen.items()}})
     return rows
+
+def score_piece(model: RewardModel, clip: torch.Tensor, fps: float, prompt: str, sampling: str) -> tuple[dict, dict]:
+    """Scores by axis of one clip [1,T,3,H,W], as numbers, and what they depend on besides."""
+    if sampling == "offline":
+        scores, seen = offline_scores(model, clip, fps, [prompt])
+    else:
+        scores, seen = model(clip, [prompt]), model.record() if hasattr(model, "record") else {}
+    return {axis: r.item() for axis, r in scores.items()}, seen
 
 # %% ../nbs/15b_full_scale.ipynb #f672ee97
 def write_table(path: str | Path, rows: list[dict]) -> Path:

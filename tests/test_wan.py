@@ -204,6 +204,12 @@ def test_the_command_generates_from_a_checkpoint(downloads, tmp_path):
     cli.score(str(tmp_path), str(downloads / "reward"), str(downloads / "qwen"), str(downloads / "template.txt"), (28, 56))
     rows = list(csv.DictReader((tmp_path / "scores.csv").open()))
     assert [r["file"] for r in rows] == [m["file"] for m in made] and all(math.isfinite(float(r["overall"])) for r in rows)
+    seen = {name: rows[0][f"input_{name}"] for name in ("odd_frame", "clamp", "eight_bits", "own_wording", "chat")}
+    assert seen == {"odd_frame": "drop", "clamp": "True", "eight_bits": "floor", "own_wording": "False", "chat": "False"}
+    cli.score(str(tmp_path), str(downloads / "reward"), str(downloads / "qwen"), str(downloads / "template.txt"), sampling="offline",
+              out=str(tmp_path / "offline.csv"))
+    offline = list(csv.DictReader((tmp_path / "offline.csv").open()))
+    assert offline[0]["input_eight_bits"] == "round" and offline[0]["input_frames"].endswith("of 8, 2 a second")
 
 
 def test_a_released_checkpoint_generates_what_its_average_does(downloads, tmp_path):
