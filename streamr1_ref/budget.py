@@ -32,8 +32,8 @@ __all__ = ['aten', 'VIEWS', 'ATTENTION', 'RMS_NORM', 'ROLLOUT_SETTINGS', 'QUESTI
            'gathered_bytes', 'resident_bytes', 'adam_temporaries', 'critic_phases', 'reward_costs', 'student_phases',
            'other_phases', 'Budget', 'step_flops', 'frozen_parameters', 'plan', 'plan_table', 'possible_changes',
            'combined', 'cheapest', 'as_typed', 'largest_layer', 'check_memory', 'MetaText', 'models_on_meta',
-           'PhaseNotes', 'metered_step', 'AttentionCalls', 'vision_calls', 'copied_inputs', 'before_and_after',
-           'step_parts_table', 'step_parts']
+           'PhaseNotes', 'metered_step', 'AttentionCalls', 'vision_calls', 'copied_inputs',
+           'changes_since_first_edition', 'step_parts_table', 'step_parts']
 
 # %% ../nbs/15c_budget.ipynb #3c31aa1e
 from . import objective, rollout
@@ -1228,7 +1228,7 @@ def copied_inputs(cfg: WanConfig, run: Distillation) -> float:
     return layered(one, two, cfg.num_layers)
 
 # %% ../nbs/15c_budget.ipynb #1d7d9edc
-def before_and_after(s: PlanSettings) -> list[dict]:
+def changes_since_first_edition(s: PlanSettings) -> list[dict]:
     """Rows of what changed since the first edition: part, unit, and the figure before and after."""
     student, run, dtype = resolved(s)["student"], s.distillation, s.compute_dtype
     clip = (1 + 4 * (run.frames - 1), tuple(s.resolution))
@@ -1296,7 +1296,7 @@ def step_parts(
     models = models_on_meta(s) if device == "meta" else random_models(parts)
     rows = metered_step(models, run, s.weighting, s.checkpointing, device, gradients=True)
     made_with = {"size": size, "device": device, "torch": torch.__version__}
-    result = made_with | {"step": rows, "changes": before_and_after(s)}
+    result = made_with | {"step": rows, "changes": changes_since_first_edition(s)}
     print(step_parts_table(result))
     if out is not None:
         Path(out).write_text(json.dumps(result) + "\n")

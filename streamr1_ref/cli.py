@@ -48,7 +48,7 @@ from .teacher import (TeacherTraining, codec_floor, evaluate_teacher, load_teach
 from .train import PRESETS, TrainConfig, Trainer, all_or_none, in_turn, shard, start_processes
 from .transformer import WanConfig, WanTransformer, load_wan_weights
 from .video_reward import RewardInput, load_video_reward, question
-from .wan import (NETWORKS, SIZES, PromptFile, UMT5Text, check_finite, compile_blocks, config_of, convert, embed_prompts,
+from .wan import (NETWORKS, SIZES, PromptFile, UMT5Text, check_weights, compile_blocks, config_of, convert, embed_prompts,
                               latent_size_of, load_text, model_size, official, read_weights, wan_models, wan_pipeline)
 from .world import Oracle, caption_split, mixed_clips, sample_clips
 
@@ -333,7 +333,7 @@ def train(run: TinyRun | WanRun) -> None:
         for name in ("student", "critic", "teacher"):
             net = shard(getattr(models, name), mesh, run.compute_dtype, name in run.offload)
             set_attention(net, run.attention, mesh.device_type if mesh else None)
-            check_finite(net, getattr(run, name, None) or name)
+            check_weights(net, getattr(run, name, None) or name)
             if name in run.compile:
                 compile_blocks(net)
         trainer = Trainer(models, prompts, run, folder, mesh)

@@ -34,7 +34,7 @@ from .transformer import (WanConfig, WanTransformer, load_wan_weights, to_diffus
 
 # %% auto #0
 __all__ = ['SIZES', 'NETWORKS', 'PUBLISHED', 'REASONS', 'read_weights', 'official', 'config_of', 'model_size', 'latent_size_of',
-           'load_wan', 'check_finite', 'diffusers_config', 'convert', 'word_tokenizer', 'clean_prompt', 'UMT5Text',
+           'load_wan', 'check_weights', 'diffusers_config', 'convert', 'word_tokenizer', 'clean_prompt', 'UMT5Text',
            'text_fingerprint', 'embed_prompts', 'PromptFile', 'load_text_and_vae', 'load_text', 'compile_blocks',
            'compile_decoder', 'compile_parts', 'wan_pipeline', 'wan_models', 'in_published_terms', 'published_table']
 
@@ -120,7 +120,7 @@ def load_wan(path: str | Path, dtype: torch.dtype | None = None, head_dim: int =
              latent_size: tuple[int, int] = (60, 104), size: str | None = None) -> WanTransformer:
     """The transformer in a file or folder of `read_weights`, without gradients.
 
-    Weights stay memory-mapped until they are used or moved, so their values are not looked at (`check_finite` does that
+    Weights stay memory-mapped until they are used or moved, so their values are not looked at (`check_weights` does that
     where they are in use). ValueError, with the path, if they are not those of the model `size`, "1.3B" or "14B", where
     one is given, if they do not fit, or if they are not floating-point numbers of 16 or 32 bits.
     """
@@ -139,7 +139,7 @@ def load_wan(path: str | Path, dtype: torch.dtype | None = None, head_dim: int =
         raise ValueError(f"path: expected the weights of Wan2.1 {size}, {path} holds those of {model_size(cfg)}")
     return net.requires_grad_(False) if dtype is None else net.to(dtype).requires_grad_(False)
 
-def check_finite(net: nn.Module, source: str | Path) -> nn.Module:
+def check_weights(net: nn.Module, source: str | Path) -> nn.Module:
     """`net`, unless one of its weights (of this process' pieces, if it is sharded) is not finite: a ValueError names it."""
     for name, p in net.named_parameters():
         if not local(p.detach()).isfinite().all():
@@ -385,7 +385,7 @@ def wan_pipeline(checkpoint: str | Path, base: str | Path, device: torch.device 
     """A student's weights with the text encoder and VAE in `base`; `settings` are those of `StreamSampler`. bfloat16 on a GPU, float32 on a CPU. `compiled`: "network", "vae" or both."""
     device = torch.device(device or default_device())
     dtype = dtype or default_dtype(device)
-    net = set_attention(check_finite(load_wan(checkpoint, dtype, head_dim, latent_size, size).to(device), checkpoint), attention)
+    net = set_attention(check_weights(load_wan(checkpoint, dtype, head_dim, latent_size, size).to(device), checkpoint), attention)
     text, codec = load_text_and_vae(base, device, dtype, text_cache, net.cfg.text_len)
     return compile_parts(StreamR1Pipeline(StreamSampler(net, **settings), text, codec), compiled)
 

@@ -515,7 +515,7 @@ def test_videoreward_checkpoints_without_files_or_settings(checkpoint, peft_name
     with pytest.raises(ValueError, match="model_config.json: expected a finite number for TA_std"):
         loads(write(tmp_path / "std", config | {"inference_config": config["inference_config"] | {"TA_std": 0}}, {}))
     folder = write(tmp_path / "list", config, {"model.pth": [1, 2]})
-    with pytest.raises(ValueError, match="checkpoint: expected tensors by name in .*model.pth, got list"):
+    with pytest.raises(ValueError, match="path: expected tensors by name in .*model.pth, got list"):
         loads(folder)
     (folder / "model_config.json").write_text("{")
     with pytest.raises(ValueError, match="model_config.json: .* is no JSON"):

@@ -115,7 +115,11 @@ def test_too_little_gpu_memory_is_refused_with_the_plans_figures(downloads, tmp_
     with pytest.raises(ValueError, match="on GPUs start it with torchrun, also on one: torchrun --standalone --nproc-per-node 1"):
         cli.train(wan_run(downloads, tmp_path))
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ValueError, match="GiB of memory on each \\(student .*, critic .*, teacher .*, text encoder 10.6, .*, there are 0.0; take more GPUs"):
+    with pytest.raises(ValueError, match="gpus: one layer at work in phase .* needs .*, a GPU has 0.0 GiB; more GPUs do not help"):
+        cli.train(wan_run(downloads, tmp_path))
+    monkeypatch.setattr(cli, "gpu_memory", lambda: 14 * 2**30)
+    says = "gpus: expected .* GiB of memory on each of 1 in phase .*text encoder .*, there are 14.0 GiB; it fits with --text-cache"
+    with pytest.raises(ValueError, match=says):
         cli.train(wan_run(downloads, tmp_path))
     assert not (tmp_path / "run").exists()
 
