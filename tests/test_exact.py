@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from streamr1_ref.better_teacher import (Muon, ScoreTrainer, ScoreTraining, load_next, orthogonalise,
-                                         save_next, score_batch, train_on_score)
+from streamr1_ref.better_teacher import (Muon, ScoreTrainer, ScoreTraining, load_next,
+                                         orthogonalise, save_next, score_batch, train_on_score)
 from streamr1_ref.codec import fit_codec, load_codec
 from streamr1_ref.conventions import data_path, load_tensors
 from streamr1_ref.exact import (ExactScore, ExactTeacher, GridWorld, Motion, Tilt, grid_clips,
@@ -24,12 +24,13 @@ def small_codec():
 
 
 def listed(codec, caption, glyphs, world):
-    """All clean clips of a few handwritings in the order of the log weights: [places^2, n, numbers]."""
+    """All clean clips of a few handwritings as log weights list them: [places^2, n, numbers]."""
     places = torch.arange(world.places) / 2
     starts = torch.cartesian_prod(places, places)
     if not Motion.of(caption).vertical:
         starts = starts.flip(1)
-    clips = [codec.encode(place_clips([caption] * len(starts), g.expand(len(starts), 8, 8), starts, world))
+    captions = [caption] * len(starts)
+    clips = [codec.encode(place_clips(captions, g.expand(len(starts), 8, 8), starts, world))
              for g in glyphs]
     return torch.stack([z.flatten(1) for z in clips], 1).double()
 
@@ -37,7 +38,7 @@ def listed(codec, caption, glyphs, world):
 @pytest.mark.parametrize("direction", ["left", "right", "up", "down"])
 @pytest.mark.parametrize("speed", ["slowly", "", "quickly"])
 def test_every_motion_equals_brute_force(small_codec, direction, speed):
-    """Log weights (up to a constant), posterior mean, and the norms in them, for all twelve motions."""
+    """Log weights (up to a constant) and posterior mean, for all twelve motions."""
     caption = parse_caption(f"a yellow 4 moving {direction} {speed}".rstrip())
     score = ExactScore(small_codec, SMALL, dtype=torch.float64)
     rows = score.rows(caption) & (score.rows(caption).cumsum(0) <= 2)
@@ -56,7 +57,8 @@ def test_every_motion_equals_brute_force(small_codec, direction, speed):
 
 def test_float32_is_enough():
     """The shipped codec, whole clips, low and high noise: float32 against float64."""
-    codec, caption = load_codec(data_path("tiny_codec_next.safetensors")), parse_caption("a red 8 moving up")
+    codec = load_codec(data_path("tiny_codec_next.safetensors"))
+    caption = parse_caption("a red 8 moving up")
     single, double = ExactScore(codec), ExactScore(codec, dtype=torch.float64)
     z = codec.encode(grid_clips([caption], seeded(0)))[0]
     noise = torch.randn(z.shape, generator=seeded(1))
@@ -67,15 +69,17 @@ def test_float32_is_enough():
 
 
 def test_tilts_reweight_the_list(small_codec):
-    """By handwriting, by start, and by colour in the mixture: the mean under exp(tilt) times the weights."""
-    number, captions = seeded(2), [parse_caption("a red 3 moving left"), parse_caption("a blue 3 moving left")]
+    """By handwriting, by start, and by colour in the mixture: the mean with weights exp(tilt)."""
+    number = seeded(2)
+    captions = [parse_caption(f"a {colour} 3 moving left") for colour in ("red", "blue")]
     position = torch.randn(SMALL.places, SMALL.places, generator=number, dtype=torch.float64)
     plain = ExactScore(small_codec, SMALL, dtype=torch.float64)
     glyph = torch.randn(len(plain.clips.labels), generator=number, dtype=torch.float64)
     tilt = Tilt(glyph=glyph, position=position, colour={"red": 1.0, "blue": -0.5})
     tilted = ExactScore(small_codec, SMALL, tilt=tilt, dtype=torch.float64)
-    x, rows = torch.randn(2, 6, 6, 6, generator=number, dtype=torch.float64), plain.rows(captions[0])
-    starts = position.T.reshape(-1, 1)                       # horizontal motion: x is the moving axis
+    x = torch.randn(2, 6, 6, 6, generator=number, dtype=torch.float64)
+    rows = plain.rows(captions[0])
+    starts = position.T.reshape(-1, 1)           # horizontal motion: x is the moving axis
     parts = []
     for caption, colour in zip(captions, (1.0, -0.5)):
         logits = plain.log_weights(x, 0.95, caption, rows) + starts + glyph[rows]
@@ -86,15 +90,16 @@ def test_tilts_reweight_the_list(small_codec):
         alone = z / parts[-1][1] + plain.clips.constant
         assert torch.allclose(tilted.denoise(x, 0.95, caption), alone, atol=1e-8)
     shares = [math.exp(top - parts[0][0]) for top, _, _ in parts]
-    mean = sum(s * z for s, (_, _, z) in zip(shares, parts)) / sum(s * n for s, (_, n, _) in zip(shares, parts))
-    assert torch.allclose(mixture_mean(tilted, x, 0.95, captions), mean + plain.clips.constant, atol=1e-8)
+    total = sum(s * n for s, (_, n, _) in zip(shares, parts))
+    mean = sum(s * z for s, (_, _, z) in zip(shares, parts)) / total + plain.clips.constant
+    assert torch.allclose(mixture_mean(tilted, x, 0.95, captions), mean, atol=1e-8)
 
 
 def test_refusals_name_the_argument(small_codec):
     teacher = ExactTeacher(ExactScore(small_codec, SMALL))
     x, caption = torch.zeros(1, 2, 6, 6, 6), "a red 3 moving left"
     for sigma in (0.0, -0.1, 1.1):
-        with pytest.raises(ValueError, match="timestep: expected one noise level above 0"):
+        with pytest.raises(ValueError, match="timestep: expected one noise level a clip"):
             teacher(x, torch.tensor([1000 * sigma]), [caption])
     with pytest.raises(ValueError, match="x_t"):
         teacher(torch.zeros(1, 2, 16, 6, 6), torch.tensor([500.0]), [caption])
@@ -104,7 +109,8 @@ def test_refusals_name_the_argument(small_codec):
         with pytest.raises(ValueError):
             teacher(x, torch.tensor([500.0]), [prompt])
     with pytest.raises(ValueError, match="start: expected multiples of half a pixel"):
-        place_clips([parse_caption(caption)], torch.ones(1, 8, 8), torch.tensor([[0.5, 0.7]]), SMALL)
+        start = torch.tensor([[0.5, 0.7]])
+        place_clips([parse_caption(caption)], torch.ones(1, 8, 8), start, SMALL)
 
 
 def test_a_stopped_training_ends_with_the_same_bits(small_codec, tmp_path):
@@ -116,7 +122,8 @@ def test_a_stopped_training_ends_with_the_same_bits(small_codec, tmp_path):
     train_on_score(trainer(), tmp_path / "whole", 6)
     for until in (2, 4, 6):
         train_on_score(trainer(), tmp_path / "parts", until)
-    a, b = (load_tensors(tmp_path / name / "checkpoint.safetensors")[0] for name in ("whole", "parts"))
+    a, b = (load_tensors(tmp_path / name / "checkpoint.safetensors")[0]
+            for name in ("whole", "parts"))
     assert set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
     logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("whole", "parts")]
     assert logs[0] == logs[1] and len(logs[0].splitlines()) == 3
@@ -145,8 +152,8 @@ def test_saved_weights_come_back(small_codec, tmp_path):
 def test_the_target_is_the_posterior_mean(small_codec):
     """Above `exact_from` the target is the exact flow, below it the clip's; there the two agree."""
     score, captions = ExactScore(small_codec, SMALL), caption_split()[0]
-    exact, single = (score_batch(ScoreTraining(batch=16, exact_from=level, drop_caption=0.0), 3, score, captions)
-                     for level in (0.0, 1.0))
+    settings = [ScoreTraining(batch=16, exact_from=e, drop_caption=0.0) for e in (0.0, 1.0)]
+    exact, single = (score_batch(cfg, 3, score, captions) for cfg in settings)
     low = exact.sigma < 0.3
     assert torch.allclose(exact.flow[low], single.flow[low], atol=1e-2) and low.any()
     flow = ExactTeacher(score)(exact.x, exact.sigma * 1000, exact.prompts)
