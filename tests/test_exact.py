@@ -24,7 +24,7 @@ def small_codec():
 
 
 def listed(codec, caption, glyphs, world):
-    """All clean clips of a few handwritings as log weights list them: [places^2, n, numbers]."""
+    """All clean clips of a few handwritings as log weights list them: [n, places^2, numbers]."""
     places = torch.arange(world.places) / 2
     starts = torch.cartesian_prod(places, places)
     if not Motion.of(caption).vertical:
@@ -32,7 +32,7 @@ def listed(codec, caption, glyphs, world):
     captions = [caption] * len(starts)
     clips = [codec.encode(place_clips(captions, g.expand(len(starts), 8, 8), starts, world))
              for g in glyphs]
-    return torch.stack([z.flatten(1) for z in clips], 1).double()
+    return torch.stack([z.flatten(1) for z in clips]).double()
 
 
 @pytest.mark.parametrize("direction", ["left", "right", "up", "down"])
@@ -45,7 +45,7 @@ def test_every_motion_equals_brute_force(small_codec, direction, speed):
     clips = listed(small_codec, caption, SMALL.glyphs()[0][rows], SMALL)
     for sigma in (0.98, 0.9, 0.6):
         noise = torch.randn(clips.shape[-1], generator=seeded(1), dtype=torch.float64)
-        x = (1 - sigma) * clips[700, 1] + sigma * noise
+        x = (1 - sigma) * clips[1, 700] + sigma * noise
         logits = -(x - (1 - sigma) * clips).square().sum(-1) / (2 * sigma**2)
         fast = score.log_weights(x.view(2, 6, 6, 6), sigma, caption, rows)
         gap = logits - fast
@@ -79,10 +79,10 @@ def test_tilts_reweight_the_list(small_codec):
     tilted = ExactScore(small_codec, SMALL, tilt=tilt, dtype=torch.float64)
     x = torch.randn(2, 6, 6, 6, generator=number, dtype=torch.float64)
     rows = plain.rows(captions[0])
-    starts = position.T.reshape(-1, 1)           # horizontal motion: x is the moving axis
+    starts = position.T.flatten()           # horizontal motion: x is the moving axis
     parts = []
     for caption, colour in zip(captions, (1.0, -0.5)):
-        logits = plain.log_weights(x, 0.95, caption, rows) + starts + glyph[rows]
+        logits = plain.log_weights(x, 0.95, caption, rows) + starts + glyph[rows, None]
         top = logits.max()
         ink = plain.mean_ink((logits - top).exp(), caption, rows)
         z = plain.clips.ink.push(ink, SMALL.palette[caption.colour])
