@@ -24,7 +24,9 @@ __all__ = ['BACKENDS', 'block_sizes', 'visibility', 'teacher_forcing', 'dense_ma
 def block_sizes(num_frames: int, frames_per_block: int) -> list[int]:
     """Frames of each block of a clip; the first takes what is left over: 10 frames in threes are [4, 3, 3]. ValueError for less than one block."""
     if frames_per_block < 1 or num_frames < frames_per_block:
-        raise ValueError(f"num_frames: expected at least frames_per_block={frames_per_block} (and that at least 1), got {num_frames}")
+        raise ValueError(
+            f"num_frames: expected at least frames_per_block={frames_per_block} (and that at least 1), got {num_frames}"
+        )
     count, rest = divmod(num_frames, frames_per_block)
     return [frames_per_block + rest] + [frames_per_block] * (count - 1)
 
@@ -35,7 +37,9 @@ def visibility(sizes: Sequence[int], window: int | None = None, sink: int = 0) -
     Raises ValueError if the window does not hold the sink and the largest block.
     """
     if window is not None and window < sink + max(sizes):
-        raise ValueError(f"window: expected at least sink + the largest block = {sink} + {max(sizes)} frames, got {window}")
+        raise ValueError(
+            f"window: expected at least sink + the largest block = {sink} + {max(sizes)} frames, got {window}"
+        )
     ends = torch.tensor(sizes).cumsum(0).repeat_interleave(torch.tensor(sizes))[:, None]
     frame = torch.arange(sum(sizes))
     past = frame < ends
@@ -47,18 +51,33 @@ def teacher_forcing(sizes: Sequence[int], window: int | None = None, sink: int =
     causal = visibility(sizes, window, sink)
     block = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     own = block[:, None] == block
-    return torch.cat([torch.cat([causal, torch.zeros_like(own)], 1), torch.cat([causal & ~own, own], 1)])
+    return torch.cat(
+        [torch.cat([causal, torch.zeros_like(own)], 1), torch.cat([causal & ~own, own], 1)]
+    )
 
 # %% ../nbs/04_causal_attention.ipynb #f674cb6f
 def dense_mask(table: torch.Tensor, frame_tokens: int) -> torch.Tensor:
     """Table [F,K] of frames -> mask [F*frame_tokens, K*frame_tokens] of tokens, bool."""
     return table.repeat_interleave(frame_tokens, 0).repeat_interleave(frame_tokens, 1)
 
-def flex_mask(table: torch.Tensor, frame_tokens: int, device: torch.device | str = "cpu", block_size: int = 128) -> BlockMask:
+
+def flex_mask(
+    table: torch.Tensor,
+    frame_tokens: int,
+    device: torch.device | str = "cpu",
+    block_size: int = 128,
+) -> BlockMask:
     """The same as a `BlockMask` for flex attention, without ever making the dense one."""
     table = table.to(device)
     rule = lambda batch, head, q, k: table[q // frame_tokens, k // frame_tokens]
-    return create_block_mask(rule, None, None, *(n * frame_tokens for n in table.shape), device=device, BLOCK_SIZE=block_size)
+    return create_block_mask(
+        rule,
+        None,
+        None,
+        *(n * frame_tokens for n in table.shape),
+        device=device,
+        BLOCK_SIZE=block_size,
+    )
 
 # %% ../nbs/04_causal_attention.ipynb #8b7c7526
 @functools.cache
@@ -66,22 +85,37 @@ def compiled_flex() -> Callable:
     """`flex_attention` compiled; once, at the first call."""
     return torch.compile(flex_attention, dynamic=False)
 
-def flex_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask | None = None) -> torch.Tensor:
+
+def flex_attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BlockMask | None = None
+) -> torch.Tensor:
     """`attend` by flex attention; `mask` from `flex_mask`. On a CPU it runs uncompiled and forward only, to check numbers."""
     if isinstance(mask, torch.Tensor):
-        raise TypeError("mask: expected a BlockMask of flex_mask for the backend 'flex', got a dense tensor")
+        raise TypeError(
+            "mask: expected a BlockMask of flex_mask for the backend 'flex', got a dense tensor"
+        )
     kernel = compiled_flex() if q.is_cuda else flex_attention
-    return kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask).transpose(1, 2).flatten(2)
+    return (
+        kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask)
+        .transpose(1, 2)
+        .flatten(2)
+    )
 
 # %% ../nbs/04_causal_attention.ipynb #f6638e2b
-def flash_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: None = None) -> torch.Tensor:
+def flash_attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: None = None
+) -> torch.Tensor:
     """`attend` by the package flash-attn, for half precision on a GPU and without a mask."""
     if mask is not None:
         raise ValueError("mask: the backend 'flash' takes none; use 'sdpa' or 'flex'")
     from flash_attn import flash_attn_func
+
     return flash_attn_func(q, k, v).flatten(2)
 
-def cudnn_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: None = None) -> torch.Tensor:
+
+def cudnn_attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: None = None
+) -> torch.Tensor:
     """`attend` by cuDNN's kernel, for half precision on a GPU and without a mask."""
     if mask is not None:
         raise ValueError("mask: the backend 'cudnn' takes none; use 'sdpa' or 'flex'")
@@ -90,6 +124,7 @@ def cudnn_attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: None =
 
 # %% ../nbs/04_causal_attention.ipynb #fc7fb063
 BACKENDS = {"sdpa": attend, "cudnn": cudnn_attend, "flash": flash_attend, "flex": flex_attend}
+
 
 def why_not(backend: str, device: torch.device | str) -> str | None:
     """Why attention by `backend` cannot run on `device`; None if it can. ValueError for an unknown name."""
@@ -101,7 +136,10 @@ def why_not(backend: str, device: torch.device | str) -> str | None:
         return "the package flash-attn is not installed: pip install streamr1_ref[gpu]"
     return None
 
-def set_attention(net: nn.Module, backend: str, device: torch.device | str | None = None) -> nn.Module:
+
+def set_attention(
+    net: nn.Module, backend: str, device: torch.device | str | None = None
+) -> nn.Module:
     """Let all attention layers of `net` use the kernel `backend`; returns `net`.
 
     `device` is where it will compute, by default where its weights are. ValueError with the reason if it cannot run there.

@@ -26,9 +26,12 @@ class AdaptiveBalance:
     `preview` says what a step's rewards lead to; `update` says the same and enters them into the window. A training
     calls `preview` to scale its gradient and `update` once the step has succeeded.
     """
+
     def __init__(self, weight: float = 0.5, window: int = 50, warmup: int = 50):
         if weight < 0 or window < 2 or warmup < 2:
-            raise ValueError(f"weight, window, warmup: expected at least 0, 2 and 2, got {weight}, {window}, {warmup}")
+            raise ValueError(
+                f"weight, window, warmup: expected at least 0, 2 and 2, got {weight}, {window}, {warmup}"
+            )
         self.weight, self.window, self.warmup = weight, window, warmup
         self.history, self.count, self.axes = deque(maxlen=window), 0, None
 
@@ -39,11 +42,17 @@ class AdaptiveBalance:
         """
         values = {axis: torch.as_tensor(r, dtype=torch.float64) for axis, r in rewards.items()}
         if len(values) < 2 or self.axes is not None and tuple(values) != self.axes:
-            raise ValueError(f"rewards: expected the axes {self.axes or 'of at least two'}, got {tuple(values)}")
+            raise ValueError(
+                f"rewards: expected the axes {self.axes or 'of at least two'}, got {tuple(values)}"
+            )
         for axis, r in values.items():
             if not r.isfinite().all():
-                raise ValueError(f"rewards: expected finite values, got {r.tolist()} for {axis} at step {self.count}")
-        history = deque([*self.history, [r.mean().item() for r in values.values()]], maxlen=self.window)
+                raise ValueError(
+                    f"rewards: expected finite values, got {r.tolist()} for {axis} at step {self.count}"
+                )
+        history = deque(
+            [*self.history, [r.mean().item() for r in values.values()]], maxlen=self.window
+        )
         warm = self.count + 1 >= self.warmup
         penalty = imbalance(torch.tensor(list(history), dtype=torch.float64)) if warm else 0.0
         return torch.stack(list(values.values())).mean(0) - self.weight * penalty, penalty
@@ -52,12 +61,18 @@ class AdaptiveBalance:
         "As `preview`, and the rewards enter the window; if they are refused it stays as it was."
         result = self.preview(rewards)
         self.axes, self.count = tuple(rewards), self.count + 1
-        self.history.append([torch.as_tensor(r, dtype=torch.float64).mean().item() for r in rewards.values()])
+        self.history.append(
+            [torch.as_tensor(r, dtype=torch.float64).mean().item() for r in rewards.values()]
+        )
         return result
 
     def state_dict(self) -> dict:
         "All that `load_state_dict` needs to go on."
-        return {"history": [list(row) for row in self.history], "count": self.count, "axes": self.axes}
+        return {
+            "history": [list(row) for row in self.history],
+            "count": self.count,
+            "axes": self.axes,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         "Go on where `state_dict` was taken."

@@ -19,24 +19,35 @@ __all__ = ['PUBLISHED_POSITIONS', 'CacheConfig', 'KVCache', 'LayerMemory', 'Slid
 @dataclass(frozen=True)
 class CacheConfig:
     """What a stream remembers, in latent frames; the defaults are the published student's (2512.04678). ValueError for settings that clash."""
-    window_frames: int | None = 9       # all that a block sees: sink, past and itself; None: everything since the start
-    sink_frames: int = 3                # the first frames, which never leave; not used for sink="none"
-    sink: str = "ema"                   # "ema": takes up what leaves the window; "static": stays as it is; "none"
-    alpha: float = 0.999                # share of itself that the EMA sink keeps when it takes up a frame
-    overflow: str = "average"           # when other than sink_frames leave at once: "average" them in, or "overwrite" the sink (published)
-    positions: str = "window"           # count from the first visible frame; "published": as the released code does without a sink
-    sink_dtype: str = "float32"         # precision in which the EMA sink is kept, or "cache": that of the cache (published)
-    max_frames: int = 21                # what a cache that lets nothing go can hold
+
+    window_frames: int | None = (
+        9  # all that a block sees: sink, past and itself; None: everything since the start
+    )
+    sink_frames: int = 3  # the first frames, which never leave; not used for sink="none"
+    sink: str = "ema"  # "ema": takes up what leaves the window; "static": stays as it is; "none"
+    alpha: float = 0.999  # share of itself that the EMA sink keeps when it takes up a frame
+    overflow: str = "average"  # when other than sink_frames leave at once: "average" them in, or "overwrite" the sink (published)
+    positions: str = "window"  # count from the first visible frame; "published": as the released code does without a sink
+    sink_dtype: str = "float32"  # precision in which the EMA sink is kept, or "cache": that of the cache (published)
+    max_frames: int = 21  # what a cache that lets nothing go can hold
 
     def __post_init__(self):
-        for name, known in (("sink", ("ema", "static", "none")), ("overflow", ("average", "overwrite")),
-                            ("positions", ("window", "published")), ("sink_dtype", ("float32", "cache"))):
+        for name, known in (
+            ("sink", ("ema", "static", "none")),
+            ("overflow", ("average", "overwrite")),
+            ("positions", ("window", "published")),
+            ("sink_dtype", ("float32", "cache")),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
         if self.sink_frames < 0 or self.max_frames < 1 or not 0 <= self.alpha <= 1:
-            raise ValueError(f"sink_frames, max_frames, alpha: expected at least 0, at least 1, and 0 to 1; got {self.sink_frames}, {self.max_frames}, {self.alpha}")
+            raise ValueError(
+                f"sink_frames, max_frames, alpha: expected at least 0, at least 1, and 0 to 1; got {self.sink_frames}, {self.max_frames}, {self.alpha}"
+            )
         if self.window_frames is not None and self.window_frames <= self.num_sink:
-            raise ValueError(f"window_frames: expected more than sink_frames={self.num_sink}, got {self.window_frames}")
+            raise ValueError(
+                f"window_frames: expected more than sink_frames={self.num_sink}, got {self.window_frames}"
+            )
 
 # %% ../nbs/05_sink_cache.ipynb #451a494b
 @patch(as_prop=True)
@@ -47,23 +58,47 @@ def num_sink(self: CacheConfig) -> int:
 # %% ../nbs/05_sink_cache.ipynb #96ac8c83
 class KVCache:
     """Keys and values of a stream's past, all layers. This base class lets nothing go and refuses what it cannot hold."""
-    def __init__(self, net: WanConfig, cfg: CacheConfig, batch: int, grid: tuple[int, int], capacity: int,
-                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
-        self.net, self.cfg, self.batch, self.grid, self.capacity = net, cfg, batch, tuple(grid), capacity
+
+    def __init__(
+        self,
+        net: WanConfig,
+        cfg: CacheConfig,
+        batch: int,
+        grid: tuple[int, int],
+        capacity: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.net, self.cfg, self.batch, self.grid, self.capacity = (
+            net,
+            cfg,
+            batch,
+            tuple(grid),
+            capacity,
+        )
         self.frame_tokens, heads = grid[0] * grid[1], (net.num_heads, net.head_dim)
         seen = min(capacity, cfg.window_frames or capacity)
-        make = lambda *shape: torch.zeros(2, net.num_layers, batch, *shape, *heads, device=device, dtype=dtype)     # 2: keys, values
-        self.store = make(capacity, self.frame_tokens)       # what is remembered: as computed, keys un-rotated
-        self.view = make(seen * self.frame_tokens)           # what attention reads: visible frames in order, keys rotated
+        make = lambda *shape: torch.zeros(
+            2, net.num_layers, batch, *shape, *heads, device=device, dtype=dtype
+        )  # 2: keys, values
+        self.store = make(
+            capacity, self.frame_tokens
+        )  # what is remembered: as computed, keys un-rotated
+        self.view = make(
+            seen * self.frame_tokens
+        )  # what attention reads: visible frames in order, keys rotated
         self.reset()
 
     def reset(self) -> None:
         "Forget everything. The memory stays allocated."
-        self.length = 0         # frames in the store, the open block's included
-        self.open_frames = 0    # frames of the open block, the last ones in the store
-        self.seen_past = 0      # frames that it sees besides itself
-        self.let_go = 0         # frames that have left the window
-        self.seen_from = (0, 0) # the past that the open block sees: frames [0, first), and [second, where it begins)
+        self.length = 0  # frames in the store, the open block's included
+        self.open_frames = 0  # frames of the open block, the last ones in the store
+        self.seen_past = 0  # frames that it sees besides itself
+        self.let_go = 0  # frames that have left the window
+        self.seen_from = (
+            0,
+            0,
+        )  # the past that the open block sees: frames [0, first), and [second, where it begins)
 
     def past(self, layer: int) -> list[torch.Tensor]:
         """One layer's keys and values of all that the open block sees of the past, un-rotated.
@@ -73,19 +108,28 @@ class KVCache:
         """
         sink, start = self.seen_from
         store = self.store[:, layer]
-        return [store[:, :, a:b].flatten(2, 3) for a, b in ((0, sink), (start, self.length - self.open_frames)) if b > a]
+        return [
+            store[:, :, a:b].flatten(2, 3)
+            for a, b in ((0, sink), (start, self.length - self.open_frames))
+            if b > a
+        ]
 
     @property
     def nbytes(self) -> int:
         "Bytes of all buffers."
-        storages = [t.untyped_storage() for t in (self.store, self.view, getattr(self, "average", self.store))]
+        storages = [
+            t.untyped_storage()
+            for t in (self.store, self.view, getattr(self, "average", self.store))
+        ]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 # %% ../nbs/05_sink_cache.ipynb #0a20d15b
 @patch
 def evict(self: KVCache, excess: int) -> None:
     "Make room for `excess` frames; ValueError where nothing may leave."
-    raise ValueError(f"max_frames: this cache holds {self.capacity} frames and lets none go, got {self.capacity + excess}; raise max_frames or set window_frames")
+    raise ValueError(
+        f"max_frames: this cache holds {self.capacity} frames and lets none go, got {self.capacity + excess}; raise max_frames or set window_frames"
+    )
 
 # %% ../nbs/05_sink_cache.ipynb #9ee2aaf7
 @patch
@@ -93,20 +137,31 @@ def open(self: KVCache, frames: int) -> None:
     "Begin a new block: evict what no longer fits, line up what the block will see. Calls until the next `open` belong to this block."
     W, S = self.cfg.window_frames, self.cfg.num_sink
     if W is not None and frames > W - S:
-        raise ValueError(f"window_frames: expected at least sink_frames + the block = {S} + {frames}, got {W}")
+        raise ValueError(
+            f"window_frames: expected at least sink_frames + the block = {S} + {frames}, got {W}"
+        )
     if (excess := self.length + frames - self.capacity) > 0:
         with torch.no_grad():
             self.evict(excess)
         self.length, self.let_go = self.length - excess, self.let_go + excess
     sink = min(S, self.length)
-    start = sink if W is None else max(sink, self.length + frames - (W - S))      # where the window begins in the store
-    self.open_frames, self.seen_past, self.seen_from = frames, sink + self.length - start, (sink, start)
+    start = (
+        sink if W is None else max(sink, self.length + frames - (W - S))
+    )  # where the window begins in the store
+    self.open_frames, self.seen_past, self.seen_from = (
+        frames,
+        sink + self.length - start,
+        (sink, start),
+    )
     with torch.no_grad():
         self.line_up(sink, start)
     self.length += frames
 
 # %% ../nbs/05_sink_cache.ipynb #446d371c
-PUBLISHED_POSITIONS = 1024      # length of the released code's rotary table; negative positions count from its end
+PUBLISHED_POSITIONS = (
+    1024  # length of the released code's rotary table; negative positions count from its end
+)
+
 
 @patch
 def query_start(self: KVCache) -> int:
@@ -120,21 +175,35 @@ def query_start(self: KVCache) -> int:
 def line_up(self: KVCache, sink: int, start: int) -> None:
     "Fill the view with frames [0,sink) and [start,length) of the store, keys rotated by their place in it; make the tables for the block."
     device, dtype = self.store.device, torch.promote_types(self.store.dtype, torch.float32)
-    places = lambda first, count: rotary_table(torch.arange(first, first + count, device=device), *self.grid, self.net.head_dim).to(dtype)
+    places = lambda first, count: rotary_table(
+        torch.arange(first, first + count, device=device), *self.grid, self.net.head_dim
+    ).to(dtype)
     past = self.past_table = places(0, self.seen_past)
-    self.query_table, self.key_table = places(self.query_start(), self.open_frames), places(self.seen_past, self.open_frames)
-    for view, store in zip(self.view.unbind(1), self.store.unbind(1)):         # layer by layer: rotating needs room for copies
-        keys, values = torch.cat([store[:, :, :sink], store[:, :, start:self.length]], 2).flatten(2, 3)
-        view[0, :, :keys.shape[1]], view[1, :, :keys.shape[1]] = rotate(keys, past), values
+    self.query_table, self.key_table = (
+        places(self.query_start(), self.open_frames),
+        places(self.seen_past, self.open_frames),
+    )
+    for view, store in zip(
+        self.view.unbind(1), self.store.unbind(1)
+    ):  # layer by layer: rotating needs room for copies
+        keys, values = torch.cat([store[:, :, :sink], store[:, :, start : self.length]], 2).flatten(
+            2, 3
+        )
+        view[0, :, : keys.shape[1]], view[1, :, : keys.shape[1]] = rotate(keys, past), values
 
 # %% ../nbs/05_sink_cache.ipynb #51404849
 class LayerMemory:
     """One layer's share of a `KVCache` in one call: keys and values of the open block [B,N,heads,d] -> all that it sees."""
+
     def __init__(self, cache: KVCache, layer: int):
         n = cache.frame_tokens
-        self.first, self.table, self.past_table = cache.seen_past * n, cache.key_table, cache.past_table
-        self.seen = cache.view[:, layer, :, :self.first + cache.open_frames * n]
-        self.own = cache.store[:, layer, :, cache.length - cache.open_frames:cache.length]
+        self.first, self.table, self.past_table = (
+            cache.seen_past * n,
+            cache.key_table,
+            cache.past_table,
+        )
+        self.seen = cache.view[:, layer, :, : self.first + cache.open_frames * n]
+        self.own = cache.store[:, layer, :, cache.length - cache.open_frames : cache.length]
         self.past = cache.past(layer) if torch.is_grad_enabled() else None
 
     def __call__(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,31 +213,45 @@ class LayerMemory:
         nothing is written, and the past is rotated anew, also when a backward pass repeats the call.
         """
         if k.requires_grad or v.requires_grad:
-            self.seen = self.own = None                      # else a graph would keep the whole view alive
+            self.seen = self.own = None  # else a graph would keep the whole view alive
             past_k, past_v = torch.cat(self.past, 2) if self.past else (k[:, :0], v[:, :0])
-            return torch.cat([rotate(past_k, self.past_table), rotate(k, self.table)], 1), torch.cat([past_v, v], 1)
+            return torch.cat(
+                [rotate(past_k, self.past_table), rotate(k, self.table)], 1
+            ), torch.cat([past_v, v], 1)
         for own, seen, value, shown in zip(self.own, self.seen, (k, v), (rotate(k, self.table), v)):
             own.copy_(value.unflatten(1, own.shape[1:3]))
-            seen[:, self.first:].copy_(shown)
+            seen[:, self.first :].copy_(shown)
         return self.seen[0], self.seen[1]
 
 # %% ../nbs/05_sink_cache.ipynb #e5786281
 @patch
-def recall(self: KVCache, batch: int, frames: int, grid: tuple[int, int]) -> tuple[torch.Tensor, list[LayerMemory]]:
+def recall(
+    self: KVCache, batch: int, frames: int, grid: tuple[int, int]
+) -> tuple[torch.Tensor, list[LayerMemory]]:
     "The queries' rotary table and one memory per layer, for a call on the open block. ValueError if the call does not fit the cache."
-    for name, made_for, got in (("batch", self.batch, batch), ("grid", self.grid, tuple(grid)), ("frames of the open block", self.open_frames, frames)):
+    for name, made_for, got in (
+        ("batch", self.batch, batch),
+        ("grid", self.grid, tuple(grid)),
+        ("frames of the open block", self.open_frames, frames),
+    ):
         if made_for != got:
-            raise ValueError(f"cache: {name} is {made_for}, got a call with {got}" + ("; call cache.open(frames) first" if made_for == 0 else ""))
+            raise ValueError(
+                f"cache: {name} is {made_for}, got a call with {got}"
+                + ("; call cache.open(frames) first" if made_for == 0 else "")
+            )
     return self.query_table, [LayerMemory(self, layer) for layer in range(self.net.num_layers)]
 
 # %% ../nbs/05_sink_cache.ipynb #5c11e742
 class SlidingWindowCache(KVCache):
     """Lets the oldest frames behind the sink go: a plain sliding window, or with a sink the static one of StreamingLLM."""
+
     def evict(self, excess: int) -> None:
         "Move the window `excess` frames to the left, in pieces that do not overlap their target: no temporary copy."
         for i in range(self.cfg.num_sink, self.length - excess, excess):
             piece = min(excess, self.length - excess - i)
-            self.store[:, :, :, i:i + piece] = self.store[:, :, :, i + excess:i + excess + piece]
+            self.store[:, :, :, i : i + piece] = self.store[
+                :, :, :, i + excess : i + excess + piece
+            ]
 
     def past(self, layer: int) -> list[torch.Tensor]:
         "As in `KVCache`, but copies: later blocks move what lies in the store."
@@ -177,16 +260,21 @@ class SlidingWindowCache(KVCache):
 # %% ../nbs/05_sink_cache.ipynb #bc28327f
 class EMASinkCache(SlidingWindowCache):
     """The sink takes up what leaves the window: sink <- alpha sink + (1 - alpha) evicted (Reward Forcing, 2512.04678, EMA-Sink)."""
+
     def __init__(self, net: WanConfig, cfg: CacheConfig, *args, **kwargs):
         super().__init__(net, cfg, *args, **kwargs)
-        sink = self.store[:, :, :, :cfg.num_sink]
+        sink = self.store[:, :, :, : cfg.num_sink]
         wider = torch.promote_types(sink.dtype, torch.float32)
-        self.average = sink if cfg.sink_dtype == "cache" or sink.dtype == wider else torch.zeros_like(sink, dtype=wider)
+        self.average = (
+            sink
+            if cfg.sink_dtype == "cache" or sink.dtype == wider
+            else torch.zeros_like(sink, dtype=wider)
+        )
 
     def evict(self, excess: int) -> None:
         "Average the leaving frames in, the j-th frame of the stream into slot j mod sink_frames; then slide."
-        S, sink = self.cfg.num_sink, self.store[:, :, :, :self.cfg.num_sink]
-        leaving = self.store[:, :, :, S:S + excess]
+        S, sink = self.cfg.num_sink, self.store[:, :, :, : self.cfg.num_sink]
+        leaving = self.store[:, :, :, S : S + excess]
         if self.let_go == 0:
             self.average.copy_(sink)
         if self.cfg.overflow == "overwrite" and excess != S:
@@ -199,8 +287,16 @@ class EMASinkCache(SlidingWindowCache):
         super().evict(excess)
 
 # %% ../nbs/05_sink_cache.ipynb #e7b61bfa
-def make_cache(net: WanConfig, cfg: CacheConfig, batch: int, grid: tuple[int, int], device: torch.device | str = "cpu",
-               dtype: torch.dtype = torch.float32, evict: bool = True, frames: int | None = None) -> KVCache:
+def make_cache(
+    net: WanConfig,
+    cfg: CacheConfig,
+    batch: int,
+    grid: tuple[int, int],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    evict: bool = True,
+    frames: int | None = None,
+) -> KVCache:
     """The cache that `cfg` describes, for `batch` streams of frames of `grid` (rows, columns) tokens.
 
     evict=False holds a whole rollout of `frames`, as the published training does: blocks see the same window, but nothing ever leaves it.

@@ -6,19 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from fastcore.basics import patch
-from torch import nn
 
-from .conventions import check_tensor
-from .flow import FlowSchedule, flow_to_x0, mix_noise
-from .teacher import seeded
+from .flow import FlowSchedule
+from .utils.checks import check_tensor
 
 # %% auto #0
-__all__ = ['guided', 'dmd_gradient', 'toward', 'dmd_loss', 'flow_of', 'critic_loss', 'predictions', 'score_timesteps', 'Mixture',
-           'PlaneNet', 'LabConfig', 'Lab', 'energy_distance', 'mode_shares']
+__all__ = ['guided', 'dmd_gradient', 'toward', 'dmd_loss', 'flow_of', 'critic_loss', 'predictions', 'score_timesteps']
 
 # %% ../nbs/07_dmd_gradient.ipynb #c90e3d03
 def guided(cond: torch.Tensor, uncond: torch.Tensor | None, guidance: float) -> torch.Tensor:
@@ -26,22 +21,43 @@ def guided(cond: torch.Tensor, uncond: torch.Tensor | None, guidance: float) -> 
     if guidance == 0:
         return cond
     if uncond is None:
-        raise ValueError(f"uncond: expected the prediction for the empty prompt with guidance={guidance:g}, got None")
+        raise ValueError(
+            f"uncond: expected the prediction for the empty prompt with guidance={guidance:g}, got None"
+        )
     return cond + guidance * (cond - uncond)
 
 # %% ../nbs/07_dmd_gradient.ipynb #793fc051
-def dmd_gradient(x: torch.Tensor, fake_cond: torch.Tensor, real_cond: torch.Tensor, real_uncond: torch.Tensor | None, guidance: float = 3.0,
-                 fake_uncond: torch.Tensor | None = None, fake_guidance: float = 0.0, min_normaliser: float = 1e-5, normalise: bool = True) -> torch.Tensor:
+def dmd_gradient(
+    x: torch.Tensor,
+    fake_cond: torch.Tensor,
+    real_cond: torch.Tensor,
+    real_uncond: torch.Tensor | None,
+    guidance: float = 3.0,
+    fake_uncond: torch.Tensor | None = None,
+    fake_guidance: float = 0.0,
+    min_normaliser: float = 1e-5,
+    normalise: bool = True,
+) -> torch.Tensor:
     """(p_fake - p_real) / mean |x - p_real| per clip (DMD, 2311.18828, eq. 7 and 8): the direction in which the critic's and the teacher's x0 differ.
 
     All tensors [B,F,C,H,W]. The normaliser is not allowed below `min_normaliser`; 0 is the published code, whose quotient can be infinite and becomes the
     largest float. Raises ValueError for predictions of another shape.
     """
     check_tensor("x", x, "B F C H W")
-    for name, p in (("fake_cond", fake_cond), ("real_cond", real_cond), ("real_uncond", real_uncond), ("fake_uncond", fake_uncond)):
+    for name, p in (
+        ("fake_cond", fake_cond),
+        ("real_cond", real_cond),
+        ("real_uncond", real_uncond),
+        ("fake_uncond", fake_uncond),
+    ):
         if p is not None and p.shape != x.shape:
-            raise ValueError(f"{name}: expected the shape of x {tuple(x.shape)}, got {tuple(p.shape)}")
-    real, fake = guided(real_cond.detach(), real_uncond, guidance), guided(fake_cond.detach(), fake_uncond, fake_guidance)
+            raise ValueError(
+                f"{name}: expected the shape of x {tuple(x.shape)}, got {tuple(p.shape)}"
+            )
+    real, fake = (
+        guided(real_cond.detach(), real_uncond, guidance),
+        guided(fake_cond.detach(), fake_uncond, fake_guidance),
+    )
     if not normalise:
         return fake - real
     normaliser = (x.detach() - real).abs().mean((1, 2, 3, 4), keepdim=True)
@@ -54,26 +70,45 @@ def toward(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """0.5 (x - stop(x - gradient))^2 per element, float64: its derivative in x is `gradient`, whatever x is."""
     return 0.5 * (x.double() - (x.double() - gradient.double()).detach()).square()
 
+
 def dmd_loss(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """Mean of `toward`; a scalar. It measures the gradient's size, not progress."""
     return toward(x, gradient).mean()
 
 # %% ../nbs/07_dmd_gradient.ipynb #3c027a84
-def flow_of(net: Callable, x_t: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+def flow_of(
+    net: Callable, x_t: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor
+) -> torch.Tensor:
     """A network's flow in the precision of x_t [B,F,C,H,W]; the network itself gets x_t in that of the prompt's embeddings, which is the one it computes in."""
     return net(x_t.to(prompt_embeds.dtype), timestep, prompt_embeds).to(x_t.dtype)
 
-def critic_loss(critic: Callable, x0: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor,
-                schedule: FlowSchedule) -> torch.Tensor:
+
+def critic_loss(
+    critic: Callable,
+    x0: torch.Tensor,
+    noise: torch.Tensor,
+    timestep: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    schedule: FlowSchedule,
+) -> torch.Tensor:
     """Flow matching of the critic on the student's video x0 [B,F,C,H,W], a constant: mean (flow - (noise - x0))^2; timestep [B] in [0,1000]."""
     x0 = x0.detach()
     flow = flow_of(critic, schedule.add_noise(x0, noise, timestep), timestep, prompt_embeds)
     return (flow - (noise - x0)).square().mean()
 
+
 @torch.no_grad()
-def predictions(teacher: Callable, critic: Callable, x: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor,
-                prompt_embeds: torch.Tensor, null_embeds: torch.Tensor | None, schedule: FlowSchedule,
-                score_schedule: FlowSchedule | None = None) -> dict[str, torch.Tensor]:
+def predictions(
+    teacher: Callable,
+    critic: Callable,
+    x: torch.Tensor,
+    noise: torch.Tensor,
+    timestep: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    null_embeds: torch.Tensor | None,
+    schedule: FlowSchedule,
+    score_schedule: FlowSchedule | None = None,
+) -> dict[str, torch.Tensor]:
     """Clean predictions x0 on x [B,F,C,H,W] at one noise level per clip, as the arguments of `dmd_gradient`.
 
     fake_cond is the critic's, real_cond and real_uncond are the teacher's; real_uncond is None without `null_embeds`
@@ -81,130 +116,19 @@ def predictions(teacher: Callable, critic: Callable, x: torch.Tensor, noise: tor
     `schedule`; the published networks look them up in a table of shift 8.
     """
     x_t, convert = schedule.add_noise(x.detach(), noise, timestep), score_schedule or schedule
-    x0 = lambda net, embeds: convert.x0_from_flow(flow_of(net, x_t, timestep, embeds), x_t, timestep)
-    return {"fake_cond": x0(critic, prompt_embeds), "real_cond": x0(teacher, prompt_embeds),
-            "real_uncond": None if null_embeds is None else x0(teacher, null_embeds)}
+    x0 = lambda net, embeds: convert.x0_from_flow(
+        flow_of(net, x_t, timestep, embeds), x_t, timestep
+    )
+    return {
+        "fake_cond": x0(critic, prompt_embeds),
+        "real_cond": x0(teacher, prompt_embeds),
+        "real_uncond": None if null_embeds is None else x0(teacher, null_embeds),
+    }
 
 # %% ../nbs/07_dmd_gradient.ipynb #3a24dea4
 def score_timesteps(schedule: FlowSchedule, batch: int, generator: torch.Generator) -> torch.Tensor:
     """One timestep per clip [B], for comparing scores: uniform, shifted, clamped to [20, 980]."""
-    return schedule.score_timestep(torch.rand(batch, generator=generator, device=generator.device) * schedule.num_train_timesteps)
-
-# %% ../nbs/07_dmd_gradient.ipynb #43eae243
-@dataclass
-class Mixture:
-    """A mixture of round Gaussians in the plane, in the layout [B,1,2,1,1], with its exact denoiser."""
-    means: torch.Tensor                     # [K,2]
-    std: float = 0.25
-    weights: torch.Tensor | None = None     # [K], default equal
-
-    def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
-        "n points [n,1,2,1,1]."
-        weights = torch.ones(len(self.means)) if self.weights is None else self.weights
-        centre = self.means[torch.multinomial(weights, n, replacement=True, generator=generator)]
-        return (centre + self.std * torch.randn(n, 2, generator=generator))[:, None, :, None, None]
-
-    def x0(self, x_t: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        "E[x0 | x_t] for points [B,1,2,1,1] at noise level sigma [B]."
-        point, s = x_t.flatten(1), sigma[:, None]
-        variance = (1 - s) ** 2 * self.std**2 + s**2
-        offset = point[:, None] - (1 - s)[:, None] * self.means
-        logits = -offset.square().sum(-1) / (2 * variance) + (0 if self.weights is None else self.weights.log())
-        posterior = self.means + ((1 - s) * self.std**2 / variance)[:, None] * offset
-        return (logits.softmax(1)[..., None] * posterior).sum(1).view_as(x_t)
-
-# %% ../nbs/07_dmd_gradient.ipynb #5305ff49
-class PlaneNet(nn.Module):
-    """An MLP from points [B,1,2,1,1] (and a noise level [B]) to points; the laboratory's student and critic."""
-    def __init__(self, width: int = 64, depth: int = 2, clock: bool = False):
-        super().__init__()
-        sizes = [3 if clock else 2] + [width] * depth + [2]
-        layers = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.SiLU())]
-        self.clock, self.net = clock, nn.Sequential(*layers[:-1])
-
-    def forward(self, x: torch.Tensor, sigma: torch.Tensor | None = None) -> torch.Tensor:
-        "Points alike."
-        point = x.flatten(1)
-        return self.net(torch.cat([point, sigma[:, None]], 1) if self.clock else point).view_as(x)
-
-# %% ../nbs/07_dmd_gradient.ipynb #093a1521
-@dataclass(frozen=True)
-class LabConfig:
-    """Settings of the plane's laboratory."""
-    batch: int = 256
-    critic_steps: int = 5
-    student_lr: float = 1e-3
-    critic_lr: float = 2e-3
-    width: int = 64                 # of the student; depth 0 is a linear student
-    depth: int = 2
-    normalise: bool = True
-    min_normaliser: float = 1e-5
-    low: float = 0.02               # noise levels at which scores are compared
-    high: float = 0.98
-    seed: int = 0
-
-# %% ../nbs/07_dmd_gradient.ipynb #d7cfd9d2
-class Lab:
-    """DMD in the plane: an exact teacher, an MLP student z -> x and an MLP critic. `weigh(x, gradient) -> [B]` re-weights the points' losses."""
-    def __init__(self, target: Mixture, cfg: LabConfig = LabConfig()):
-        self.target, self.cfg, self.generator = target, cfg, seeded(cfg.seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(cfg.seed)
-            self.student, self.critic = PlaneNet(cfg.width, cfg.depth), PlaneNet(128, 2, clock=True)
-        self.student_optimizer = torch.optim.Adam(self.student.parameters(), cfg.student_lr, betas=(0.0, 0.99))
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), cfg.critic_lr, betas=(0.0, 0.99))
-
-    def draw(self, n: int | None = None) -> torch.Tensor:
-        "Points of the student [n,1,2,1,1], with gradient."
-        return self.student(torch.randn(n or self.cfg.batch, 1, 2, 1, 1, generator=self.generator))
-
-# %% ../nbs/07_dmd_gradient.ipynb #68395e56
-@patch
-def noised(self: Lab, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    "x at a random level per point: (x_t, noise, sigma [B])."
-    sigma = self.cfg.low + (self.cfg.high - self.cfg.low) * torch.rand(len(x), generator=self.generator)
-    noise = torch.randn(x.shape, generator=self.generator)
-    return mix_noise(x.detach(), noise, sigma), noise, sigma
-
-@patch
-def train_critic(self: Lab) -> float:
-    "One flow-matching step of the critic on fresh points."
-    with torch.no_grad():
-        x = self.draw()
-    x_t, noise, sigma = self.noised(x)
-    loss = (self.critic(x_t, sigma) - (noise - x)).square().mean()
-    self.critic_optimizer.zero_grad(); loss.backward(); self.critic_optimizer.step()
-    return loss.item()
-
-# %% ../nbs/07_dmd_gradient.ipynb #5c6f8f30
-@patch
-def gradient(self: Lab, x: torch.Tensor) -> torch.Tensor:
-    "The DMD gradient of points x at random levels."
-    with torch.no_grad():
-        x_t, _, sigma = self.noised(x)
-        fake = flow_to_x0(self.critic(x_t, sigma), x_t, sigma)
-        real = self.target.x0(x_t, sigma)
-    return dmd_gradient(x, fake, real, None, guidance=0.0, normalise=self.cfg.normalise, min_normaliser=self.cfg.min_normaliser)
-
-@patch
-def step(self: Lab, weigh: Callable | None = None) -> dict[str, float]:
-    "Critic steps, then one step of the student."
-    critic = [self.train_critic() for _ in range(self.cfg.critic_steps)]
-    x = self.draw()
-    gradient = self.gradient(x)
-    weight = torch.ones(len(x)) if weigh is None else weigh(x.detach(), gradient)
-    loss = (weight * toward(x, gradient).mean((1, 2, 3, 4))).mean()
-    self.student_optimizer.zero_grad(); loss.backward(); self.student_optimizer.step()
-    return {"loss": loss.item(), "critic": critic[-1] if critic else float("nan"), "gradient": gradient.abs().mean().item()}
-
-# %% ../nbs/07_dmd_gradient.ipynb #eca370e5
-def energy_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """2 E|a-b| - E|a-a'| - E|b-b'| of two sets of points [N,...]: 0 if they have the same distribution."""
-    a, b = a.flatten(1), b.flatten(1)
-    within = lambda x: torch.cdist(x, x).sum() / (len(x) * (len(x) - 1))
-    return (2 * torch.cdist(a, b).mean() - within(a) - within(b)).item()
-
-def mode_shares(points: torch.Tensor, target: Mixture) -> torch.Tensor:
-    """Share of points [N,1,2,1,1] nearest to each mean, [K]."""
-    nearest = torch.cdist(points.flatten(1), target.means).argmin(1)
-    return torch.bincount(nearest, minlength=len(target.means)).float() / len(points)
+    return schedule.score_timestep(
+        torch.rand(batch, generator=generator, device=generator.device)
+        * schedule.num_train_timesteps
+    )

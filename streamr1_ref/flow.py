@@ -12,8 +12,8 @@ from functools import cached_property
 import torch
 from fastcore.basics import patch
 
-from .conventions import check_tensor
-from .conventions import progress as progress_bar
+from .utils.checks import check_tensor
+from .utils.runtime import progress as progress_bar
 
 # %% auto #0
 __all__ = ['Denoise', 'like_batch', 'mix_noise', 'flow_to_x0', 'x0_to_flow', 'shift_sigma', 'FlowSchedule', 'apply_guidance',
@@ -22,8 +22,10 @@ __all__ = ['Denoise', 'like_batch', 'mix_noise', 'flow_to_x0', 'x0_to_flow', 'sh
 # %% ../nbs/02_flow_matching.ipynb #79bd27c1
 def like_batch(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Reshape per-clip [B] or per-frame [B,F] values so that they broadcast over x [B,...] or [B,F,...]; else ValueError."""
-    if values.ndim not in (1, 2) or values.shape != x.shape[:values.ndim]:
-        raise ValueError(f"timestep or sigma: expected shape [B] or [B,F] of x {tuple(x.shape)}, got {tuple(values.shape)}")
+    if values.ndim not in (1, 2) or values.shape != x.shape[: values.ndim]:
+        raise ValueError(
+            f"timestep or sigma: expected shape [B] or [B,F] of x {tuple(x.shape)}, got {tuple(values.shape)}"
+        )
     return values.reshape(*values.shape, *[1] * (x.ndim - values.ndim))
 
 # %% ../nbs/02_flow_matching.ipynb #790339cf
@@ -37,10 +39,13 @@ def flow_to_x0(flow: torch.Tensor, x_t: torch.Tensor, sigma: torch.Tensor) -> to
     """The clean prediction x0 = x_t - sigma flow; sigma [B] or [B,F]."""
     return x_t - like_batch(sigma, x_t) * flow
 
+
 def x0_to_flow(x0: torch.Tensor, x_t: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """The flow (x_t - x0) / sigma; sigma [B] or [B,F], all above 0, else ValueError."""
     if (sigma <= 0).any():
-        raise ValueError(f"sigma: expected values above 0 to turn x0 into a flow, got {sigma.min():g}")
+        raise ValueError(
+            f"sigma: expected values above 0 to turn x0 into a flow, got {sigma.min():g}"
+        )
     return (x_t - x0) / like_batch(sigma, x_t)
 
 # %% ../nbs/02_flow_matching.ipynb #f82448af
@@ -52,13 +57,20 @@ def shift_sigma(sigma: torch.Tensor, shift: float) -> torch.Tensor:
 @dataclass(frozen=True)
 class FlowSchedule:
     """The noise levels shared by teacher, critic and student: sigma in [0,1], timestep = sigma * num_train_timesteps."""
-    shift: float = 5.0                # k of `shift_sigma`
-    num_train_timesteps: int = 1000   # entries of the table
-    lookup: str = "nearest"           # "nearest": sigma from the closest entry (published code); "exact": timestep / num_train_timesteps
+
+    shift: float = 5.0  # k of `shift_sigma`
+    num_train_timesteps: int = 1000  # entries of the table
+    lookup: str = "nearest"  # "nearest": sigma from the closest entry (published code); "exact": timestep / num_train_timesteps
 
     def __post_init__(self):
-        if self.shift <= 0 or self.num_train_timesteps < 1 or self.lookup not in ("nearest", "exact"):
-            raise ValueError(f"FlowSchedule: expected shift > 0, num_train_timesteps >= 1 and lookup 'nearest' or 'exact', got {self}")
+        if (
+            self.shift <= 0
+            or self.num_train_timesteps < 1
+            or self.lookup not in ("nearest", "exact")
+        ):
+            raise ValueError(
+                f"FlowSchedule: expected shift > 0, num_train_timesteps >= 1 and lookup 'nearest' or 'exact', got {self}"
+            )
 
     @cached_property
     def sigmas(self) -> torch.Tensor:
@@ -75,11 +87,14 @@ class FlowSchedule:
 def sigma(self: FlowSchedule, timestep: torch.Tensor) -> torch.Tensor:
     "The noise level of timesteps of any shape; ValueError outside [0, num_train_timesteps]."
     if not ((timestep >= 0) & (timestep <= self.num_train_timesteps)).all():
-        raise ValueError(f"timestep: expected values in [0, {self.num_train_timesteps}], got {timestep.min():g} to {timestep.max():g}")
+        raise ValueError(
+            f"timestep: expected values in [0, {self.num_train_timesteps}], got {timestep.min():g} to {timestep.max():g}"
+        )
     if self.lookup == "exact":
         return timestep.float() / self.num_train_timesteps
     distance = (self.timesteps.to(timestep.device) - timestep[..., None]).abs()
     return self.sigmas.to(timestep.device)[distance.argmin(-1)]
+
 
 @patch
 def warp(self: FlowSchedule, steps: Sequence[int]) -> torch.Tensor:
@@ -87,31 +102,44 @@ def warp(self: FlowSchedule, steps: Sequence[int]) -> torch.Tensor:
     table = torch.cat([self.timesteps, torch.zeros(1)])
     index = self.num_train_timesteps - torch.as_tensor(steps)
     if index.is_floating_point() or ((index < 0) | (index > self.num_train_timesteps)).any():
-        raise ValueError(f"steps: expected whole numbers in [0, {self.num_train_timesteps}], got {list(steps)}")
+        raise ValueError(
+            f"steps: expected whole numbers in [0, {self.num_train_timesteps}], got {list(steps)}"
+        )
     return table[index]
 
 # %% ../nbs/02_flow_matching.ipynb #7a87b6ac
 @patch
-def add_noise(self: FlowSchedule, x0: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+def add_noise(
+    self: FlowSchedule, x0: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
+) -> torch.Tensor:
     "x0 at the noise level of `timestep` [B] or [B,F]; x0 and noise [B,...] or [B,F,...]."
     return mix_noise(x0, noise, self.sigma(timestep).to(x0))
 
+
 @patch
-def x0_from_flow(self: FlowSchedule, flow: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+def x0_from_flow(
+    self: FlowSchedule, flow: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor
+) -> torch.Tensor:
     "The clean prediction a flow at `timestep` [B] or [B,F] stands for."
     return flow_to_x0(flow, x_t, self.sigma(timestep).to(x_t))
 
+
 @patch
-def flow_from_x0(self: FlowSchedule, x0: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+def flow_from_x0(
+    self: FlowSchedule, x0: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor
+) -> torch.Tensor:
     "The flow a clean prediction at `timestep` [B] or [B,F] stands for."
     return x0_to_flow(x0, x_t, self.sigma(timestep).to(x_t))
 
 # %% ../nbs/02_flow_matching.ipynb #7d75abd2
 @patch
-def score_timestep(self: FlowSchedule, t_uniform: torch.Tensor, low: float = 20, high: float = 980) -> torch.Tensor:
+def score_timestep(
+    self: FlowSchedule, t_uniform: torch.Tensor, low: float = 20, high: float = 980
+) -> torch.Tensor:
     "Timesteps for comparing scores, from draws in [0, num_train_timesteps): shifted, then clamped to [low, high]."
     n = self.num_train_timesteps
     return (shift_sigma(t_uniform.float() / n, self.shift) * n).clamp(low, high)
+
 
 @patch(as_prop=True)
 def training_weights(self: FlowSchedule) -> torch.Tensor:
@@ -135,21 +163,40 @@ def sampling_sigmas(self: FlowSchedule, num_steps: int) -> torch.Tensor:
     return shift_sigma(torch.linspace(1, 0, num_steps + 1), self.shift)
 
 # %% ../nbs/02_flow_matching.ipynb #a5d025b4
-Denoise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]     # (x_t, timestep [B], prompt_embeds) -> flow
+Denoise = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
+]  # (x_t, timestep [B], prompt_embeds) -> flow
+
 
 @torch.no_grad()
-def euler_sample(denoise: Denoise, noise: torch.Tensor, prompt_embeds: torch.Tensor, null_embeds: torch.Tensor | None = None,
-                 schedule: FlowSchedule = FlowSchedule(), num_steps: int = 24, guidance_scale: float = 1.0, progress: bool = False,
-                 on_step: Callable[[int, torch.Tensor], None] | None = None) -> torch.Tensor:
+def euler_sample(
+    denoise: Denoise,
+    noise: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    null_embeds: torch.Tensor | None = None,
+    schedule: FlowSchedule = FlowSchedule(),
+    num_steps: int = 24,
+    guidance_scale: float = 1.0,
+    progress: bool = False,
+    on_step: Callable[[int, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
     """Carry noise [B,F,C,H,W] to latents in `num_steps` Euler steps; `null_embeds` (the empty prompt) is needed unless guidance_scale is 1.
 
     `on_step(i, x)` is called with the state before step i, and with (num_steps, result) at the end.
     """
     check_tensor("noise", noise, "B F C H W")
     if guidance_scale != 1 and null_embeds is None:
-        raise ValueError(f"null_embeds: expected the embedded empty prompt for guidance_scale={guidance_scale:g}, got None")
-    x, sigmas, watch = noise, schedule.sampling_sigmas(num_steps).tolist(), on_step or (lambda i, x: None)
-    for i, (now, after) in enumerate(progress_bar(list(zip(sigmas, sigmas[1:])), "sampling", progress)):
+        raise ValueError(
+            f"null_embeds: expected the embedded empty prompt for guidance_scale={guidance_scale:g}, got None"
+        )
+    x, sigmas, watch = (
+        noise,
+        schedule.sampling_sigmas(num_steps).tolist(),
+        on_step or (lambda i, x: None),
+    )
+    for i, (now, after) in enumerate(
+        progress_bar(list(zip(sigmas, sigmas[1:])), "sampling", progress)
+    ):
         watch(i, x)
         timestep = torch.full((len(x),), now * schedule.num_train_timesteps, device=x.device)
         flow = denoise(x, timestep, prompt_embeds)

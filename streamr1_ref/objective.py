@@ -5,11 +5,9 @@
 # %% ../nbs/12_stream_r1.ipynb #6c63c897
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,24 +16,37 @@ from fastcore.basics import patch
 from .attention import block_sizes
 from .balance import AdaptiveBalance
 from .cache import CacheConfig
-from .codec import LatentCodec
-from .conventions import check_tensor
 from .dmd import critic_loss, dmd_gradient, predictions, score_timesteps, toward
 from .flow import FlowSchedule
+from .ports import LatentCodec, RewardModel, TextEncoder
 from .reliability import effective_sample_size, rollout_weight
-from .reward import AXES, RewardModel, load_reward
-from .rollout import draw_exit_steps, load_student, self_forcing_rollout
-from .saliency import factor_weights, fuse_axes, patch_saliency_maps, pixel_saliency, pool_to_latent
-from .teacher import TextEncoder, load_teacher, seeded
+from .reward import AXES
+from .rollout import draw_exit_steps, self_forcing_rollout
+from streamr1_ref.saliency import (
+    factor_weights,
+    fuse_axes,
+    patch_saliency_maps,
+    pixel_saliency,
+    pool_to_latent,
+)
 from .transformer import WanTransformer
+from .utils.checks import check_tensor
+from .utils.runtime import seeded
 
 # %% auto #0
-__all__ = ['METHODS', 'stream_r1_loss', 'Weighting', 'Judged', 'saliency_maps', 'judge_rollouts', 'Models', 'tiny_models',
-           'Distillation', 'shuffled', 'prompt_numbers', 'Distiller', 'clip_gradient']
+__all__ = ['METHODS', 'stream_r1_loss', 'Weighting', 'Judged', 'saliency_maps', 'judge_rollouts', 'Models', 'Distillation',
+           'shuffled', 'prompt_numbers', 'Distiller', 'clip_gradient']
 
 # %% ../nbs/12_stream_r1.ipynb #c0e2c3a6
-def stream_r1_loss(x: torch.Tensor, gradient: torch.Tensor, reward: torch.Tensor, intra_weight: torch.Tensor | None = None,
-                   mask: torch.Tensor | None = None, beta: float = 2.0, cap: float | None = None) -> torch.Tensor:
+def stream_r1_loss(
+    x: torch.Tensor,
+    gradient: torch.Tensor,
+    reward: torch.Tensor,
+    intra_weight: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    beta: float = 2.0,
+    cap: float | None = None,
+) -> torch.Tensor:
     """exp(beta reward) mean(W * 0.5 (x - stop(x - gradient))^2), mean over clips (Stream-R1, 2605.03849, sec. 3); a float64 scalar.
 
     x, gradient [B,F,C,H,W]; reward [B]; intra_weight W [B,F,H,W]; `mask` bool like x: the mean is over its true elements, of each clip. DMD is beta=0 without
@@ -45,13 +56,20 @@ def stream_r1_loss(x: torch.Tensor, gradient: torch.Tensor, reward: torch.Tensor
     check_tensor("gradient", gradient, "B F C H W", B=B, F=n, C=x.shape[2], H=H, W=W)
     check_tensor("reward", reward, "B", B=B)
     if not (finite := gradient.isfinite().flatten(1).all(1)).all():
-        raise ValueError(f"gradient: expected finite values, clip {(~finite).nonzero()[0].item()} has others")
+        raise ValueError(
+            f"gradient: expected finite values, clip {(~finite).nonzero()[0].item()} has others"
+        )
     loss = toward(x, gradient)
     if intra_weight is not None:
-        loss = loss * check_tensor("intra_weight", intra_weight, "B F H W", B=B, F=n, H=H, W=W)[:, :, None]
+        loss = (
+            loss
+            * check_tensor("intra_weight", intra_weight, "B F H W", B=B, F=n, H=H, W=W)[:, :, None]
+        )
     mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.expand_as(x)
     if not (chosen := mask.flatten(1).sum(1)).all():
-        raise ValueError(f"mask: expected at least one element per clip, clip {(chosen == 0).nonzero()[0].item()} has none")
+        raise ValueError(
+            f"mask: expected at least one element per clip, clip {(chosen == 0).nonzero()[0].item()} has none"
+        )
     per_clip = (loss * mask).flatten(1).sum(1) / chosen
     return (rollout_weight(reward.double(), beta, cap) * per_clip).mean()
 
@@ -59,25 +77,31 @@ def stream_r1_loss(x: torch.Tensor, gradient: torch.Tensor, reward: torch.Tensor
 @dataclass(frozen=True)
 class Weighting:
     """Which parts of Stream-R1 are on; the defaults are all of it, with the published numbers."""
-    axes: tuple[str, ...] = AXES       # whose mean is the reward of a rollout
-    beta: float = 2.0                  # inter-reliability: exp(beta reward); 0 is off
-    cap: float | None = None           # of that weight
-    self_normalise: bool = False       # divide the weights by their mean over the batch
-    spatial: bool = True               # intra-perplexity: weights per region ...
-    temporal: bool = True              # ... and per frame
-    saliency: Literal["pixels", "patches", "published"] = "pixels"     # see `saliency_maps`
-    fusion: Literal["adaptive", "mean", "max"] = "adaptive"            # of the axes' saliency maps
+
+    axes: tuple[str, ...] = AXES  # whose mean is the reward of a rollout
+    beta: float = 2.0  # inter-reliability: exp(beta reward); 0 is off
+    cap: float | None = None  # of that weight
+    self_normalise: bool = False  # divide the weights by their mean over the batch
+    spatial: bool = True  # intra-perplexity: weights per region ...
+    temporal: bool = True  # ... and per frame
+    saliency: Literal["pixels", "patches", "published"] = "pixels"  # see `saliency_maps`
+    fusion: Literal["adaptive", "mean", "max"] = "adaptive"  # of the axes' saliency maps
     temperature: float = 1.0
     spatial_floor: float = 0.15
     temporal_floor: float = 0.2
-    balance: float = 0.5               # adaptive balancing; 0 is off
+    balance: float = 0.5  # adaptive balancing; 0 is off
     balance_window: int = 50
     balance_warmup: int = 50
 
     def __post_init__(self):
-        for name, known in (("saliency", ("pixels", "patches", "published")), ("fusion", ("adaptive", "mean", "max"))):
+        for name, known in (
+            ("saliency", ("pixels", "patches", "published")),
+            ("fusion", ("adaptive", "mean", "max")),
+        ):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
 
     @property
     def needs_saliency(self) -> bool:
@@ -89,20 +113,32 @@ class Weighting:
         "Do losses depend on a reward model at all? Plain DMD's do not."
         return self.needs_saliency or self.beta != 0
 
-METHODS = {"DMD": Weighting(beta=0, spatial=False, temporal=False, balance=0), "Re-DMD": Weighting(axes=("MQ",), spatial=False, temporal=False, balance=0),
-           "inter": Weighting(spatial=False, temporal=False, balance=0), "intra": Weighting(beta=0, balance=0), "Stream-R1": Weighting()}
+
+METHODS = {
+    "DMD": Weighting(beta=0, spatial=False, temporal=False, balance=0),
+    "Re-DMD": Weighting(axes=("MQ",), spatial=False, temporal=False, balance=0),
+    "inter": Weighting(spatial=False, temporal=False, balance=0),
+    "intra": Weighting(beta=0, balance=0),
+    "Stream-R1": Weighting(),
+}
 
 # %% ../nbs/12_stream_r1.ipynb #eb34d84b
 @dataclass
 class Judged:
     """What the reward model says of rollouts, and what follows for their loss."""
-    rewards: dict[str, torch.Tensor]       # by axis [B]
-    reward: torch.Tensor                   # [B], mean of the chosen axes
-    intra_weight: torch.Tensor | None      # [B,F,H,W]
+
+    rewards: dict[str, torch.Tensor]  # by axis [B]
+    reward: torch.Tensor  # [B], mean of the chosen axes
+    intra_weight: torch.Tensor | None  # [B,F,H,W]
 
 # %% ../nbs/12_stream_r1.ipynb #1c9a52b7
-def saliency_maps(model: RewardModel, pixels: torch.Tensor, prompts: list[str], latent_size: tuple[int, int, int],
-                  kind: str = "pixels") -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def saliency_maps(
+    model: RewardModel,
+    pixels: torch.Tensor,
+    prompts: list[str],
+    latent_size: tuple[int, int, int],
+    kind: str = "pixels",
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Rewards {axis: [B]} and saliency {axis: [B,F,h,w]} on the latent grid, of clips [B,T,3,H,W].
 
     "pixels" takes the gradient at the pixels and collects what belongs to each latent. "patches" takes it at the reward
@@ -112,85 +148,109 @@ def saliency_maps(model: RewardModel, pixels: torch.Tensor, prompts: list[str], 
     """
     if kind == "pixels":
         rewards, maps = pixel_saliency(model, pixels, prompts)
-        return rewards, {axis: pool_to_latent(m, latent_size, causal=True) for axis, m in maps.items()}
+        return rewards, {
+            axis: pool_to_latent(m, latent_size, causal=True) for axis, m in maps.items()
+        }
     if not hasattr(model, "score_patches"):
-        raise TypeError(f"saliency: expected a reward model with to_patches and score_patches for {kind!r}, "
-                        f"got {type(model).__name__}; take saliency='pixels'")
+        raise TypeError(
+            f"saliency: expected a reward model with to_patches and score_patches for {kind!r}, "
+            f"got {type(model).__name__}; take saliency='pixels'"
+        )
     layout = "published" if kind == "published" else "raster"
     rewards, maps = patch_saliency_maps(model, pixels, prompts, layout)
     return rewards, {axis: pool_to_latent(m, latent_size) for axis, m in maps.items()}
 
-def judge_rollouts(model: RewardModel, codec: LatentCodec, latents: torch.Tensor, prompts: list[str],
-                   cfg: Weighting) -> Judged:
+
+def judge_rollouts(
+    model: RewardModel,
+    codec: LatentCodec,
+    latents: torch.Tensor,
+    prompts: list[str],
+    cfg: Weighting,
+) -> Judged:
     """Scores and weights of rollouts, latents [B,F,C,h,w], decoded once. FloatingPointError names a bad axis and clip."""
     grid = (latents.shape[1], *latents.shape[3:])
     with torch.no_grad():
         pixels = codec.decode(latents.detach()).clamp(0, 1)
-        rewards, maps = (saliency_maps(model, pixels, prompts, grid, cfg.saliency) if cfg.needs_saliency
-                         else (model(pixels, prompts), {}))
+        rewards, maps = (
+            saliency_maps(model, pixels, prompts, grid, cfg.saliency)
+            if cfg.needs_saliency
+            else (model(pixels, prompts), {})
+        )
     for axis, r in rewards.items():
         if not r.isfinite().all():
-            raise FloatingPointError(f"reward: {axis} is not finite for clip {(~r.isfinite()).nonzero()[0].item()}")
+            raise FloatingPointError(
+                f"reward: {axis} is not finite for clip {(~r.isfinite()).nonzero()[0].item()}"
+            )
     reward = torch.stack([rewards[axis] for axis in cfg.axes]).double().mean(0)
     if not cfg.needs_saliency:
         return Judged(rewards, reward, None)
-    weights = factor_weights(fuse_axes(maps, rewards, cfg.fusion, cfg.temperature), spatial_floor=cfg.spatial_floor,
-                             temporal_floor=cfg.temporal_floor, spatial_strength=float(cfg.spatial),
-                             temporal_strength=float(cfg.temporal))
+    weights = factor_weights(
+        fuse_axes(maps, rewards, cfg.fusion, cfg.temperature),
+        spatial_floor=cfg.spatial_floor,
+        temporal_floor=cfg.temporal_floor,
+        spatial_strength=float(cfg.spatial),
+        temporal_strength=float(cfg.temporal),
+    )
     return Judged(rewards, reward, weights.weight)
 
 # %% ../nbs/12_stream_r1.ipynb #2e81c44b
 @dataclass
 class Models:
     """All that a distillation runs on. Student and critic are trained in place."""
-    student: WanTransformer          # causal, few-step
-    critic: WanTransformer           # follows the student; begins as the teacher
-    teacher: WanTransformer          # frozen
+
+    student: WanTransformer  # causal, few-step
+    critic: WanTransformer  # follows the student; begins as the teacher
+    teacher: WanTransformer  # frozen
     text: TextEncoder
     codec: LatentCodec
-    reward: RewardModel | None       # None for methods that need none
+    reward: RewardModel | None  # None for methods that need none
     schedule: FlowSchedule = field(default_factory=FlowSchedule)
-
-def tiny_models(student: str | Path | None = None) -> Models:
-    """Fresh copies of the shipped tiny world; `student` is a file to start from, by default the shipped one."""
-    teacher, start = load_teacher(), load_student(student)
-    frozen = teacher.model.transformer
-    return Models(start.model.transformer.requires_grad_(True), copy.deepcopy(frozen).requires_grad_(True), frozen, teacher.model.text, teacher.codec,
-                  load_reward(), teacher.schedule)
 
 # %% ../nbs/12_stream_r1.ipynb #c8f341b9
 @dataclass(frozen=True)
 class Distillation:
     """Settings of a distillation; the defaults suit the tiny world."""
-    batch: int = 8                        # clips of a micro-batch
-    micro_batches: int = 1                # whose gradients make one update, over all processes
-    exit_group: int = 1                   # consecutive micro-batches that share their exit steps
-    frames: int = 9                       # latent frames of a rollout
+
+    batch: int = 8  # clips of a micro-batch
+    micro_batches: int = 1  # whose gradients make one update, over all processes
+    exit_group: int = 1  # consecutive micro-batches that share their exit steps
+    frames: int = 9  # latent frames of a rollout
     frames_per_block: int = 3
     steps: tuple[int, ...] = (1000, 750, 500, 250)
     exit_per_block: bool = False
-    critic_steps: int = 3                 # critic updates per generator update
+    critic_steps: int = 3  # critic updates per generator update
     student_lr: float = 1e-4
     critic_lr: float = 2e-4
     betas: tuple[float, float] = (0.0, 0.99)
     weight_decay: float = 0.01
     clip_norm: float = 10.0
-    guidance: float = 3.0                 # of the teacher, cond + guidance (cond - uncond)
-    negative_prompt: str = ""             # what uncond is conditioned on; Wan2.1's presets have a long one
+    guidance: float = 3.0  # of the teacher, cond + guidance (cond - uncond)
+    negative_prompt: str = ""  # what uncond is conditioned on; Wan2.1's presets have a long one
     cache: CacheConfig = field(default_factory=CacheConfig)
-    evict: bool = True                    # False: nothing leaves the cache in training, as published
-    context_noise: float = 0.0            # timestep at which finished blocks are remembered
-    context_lookup: Literal["exact", "nearest"] = "exact"     # nearest: with the noise of the schedule's closest level
-    score_shift: float | None = None      # of the table that turns scores into x0; None: the schedule's own
+    evict: bool = True  # False: nothing leaves the cache in training, as published
+    context_noise: float = 0.0  # timestep at which finished blocks are remembered
+    context_lookup: Literal["exact", "nearest"] = (
+        "exact"  # nearest: with the noise of the schedule's closest level
+    )
+    score_shift: float | None = (
+        None  # of the table that turns scores into x0; None: the schedule's own
+    )
     seed: int = 0
 
     def __post_init__(self):
         if self.context_lookup not in ("exact", "nearest"):
-            raise ValueError(f"context_lookup: expected exact or nearest, got {self.context_lookup!r}")
+            raise ValueError(
+                f"context_lookup: expected exact or nearest, got {self.context_lookup!r}"
+            )
         if not isinstance(self.negative_prompt, str):
-            raise TypeError(f"negative_prompt: expected a string, got {type(self.negative_prompt).__name__}")
+            raise TypeError(
+                f"negative_prompt: expected a string, got {type(self.negative_prompt).__name__}"
+            )
         if self.score_shift is not None and not self.score_shift > 0:
-            raise ValueError(f"score_shift: expected a number above 0 or None, got {self.score_shift}")
+            raise ValueError(
+                f"score_shift: expected a number above 0 or None, got {self.score_shift}"
+            )
 
 # %% ../nbs/12_stream_r1.ipynb #09888a14
 def shuffled(i: int, n: int, seed: int) -> int:
@@ -198,13 +258,15 @@ def shuffled(i: int, n: int, seed: int) -> int:
     epoch, place = divmod(i, n)
     return torch.randperm(n, generator=seeded(seed, epoch, stream=2))[place].item()
 
+
 def prompt_numbers(cfg: Distillation, updates: int, n: int) -> list[int]:
     """Which of `n` prompts the first `updates` student updates of a distillation read, each once, in ascending order."""
     wanted, seen = updates * (cfg.critic_steps + 1) * cfg.micro_batches * cfg.batch, set()
     for epoch in range(-(-wanted // n)):
         order = torch.randperm(n, generator=seeded(cfg.seed, epoch, stream=2))
-        seen.update(order[:max(0, wanted - epoch * n)].tolist())
+        seen.update(order[: max(0, wanted - epoch * n)].tolist())
     return sorted(seen)
+
 
 class Distiller:
     """The state of one distillation: networks, optimizers, balance, and how many steps were taken.
@@ -212,24 +274,46 @@ class Distiller:
     `fused`: Adam in one kernel and without temporaries; by default where the student is on a GPU. The negative prompt
     is embedded once, here. ValueError if the weighting needs a reward model and `models` has none.
     """
-    rank, world = 0, 1                                       # chapter 13 spreads micro-batches over processes
 
-    def __init__(self, models: Models, prompts: Sequence[str], weighting: Weighting = Weighting(),
-                 cfg: Distillation = Distillation(), fused: bool | None = None):
+    rank, world = 0, 1  # chapter 13 spreads micro-batches over processes
+
+    def __init__(
+        self,
+        models: Models,
+        prompts: Sequence[str],
+        weighting: Weighting = Weighting(),
+        cfg: Distillation = Distillation(),
+        fused: bool | None = None,
+    ):
         if weighting.needs_reward and models.reward is None:
-            raise ValueError("models: expected a reward model for this weighting, got None; plain DMD needs none")
-        if weighting.needs_saliency and weighting.saliency != "pixels" and not hasattr(models.reward, "score_patches"):
-            raise TypeError(f"saliency: expected a reward model that shows its patches for {weighting.saliency!r}, "
-                            f"got {type(models.reward).__name__}")
+            raise ValueError(
+                "models: expected a reward model for this weighting, got None; plain DMD needs none"
+            )
+        if (
+            weighting.needs_saliency
+            and weighting.saliency != "pixels"
+            and not hasattr(models.reward, "score_patches")
+        ):
+            raise TypeError(
+                f"saliency: expected a reward model that shows its patches for {weighting.saliency!r}, "
+                f"got {type(models.reward).__name__}"
+            )
         self.models, self.prompts, self.weighting, self.cfg = models, prompts, weighting, cfg
         self.fused = next(models.student.parameters()).is_cuda if fused is None else fused
-        adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr, betas=cfg.betas, weight_decay=cfg.weight_decay,
-                                                 fused=self.fused)
+        adam = lambda net, lr: torch.optim.AdamW(
+            net.parameters(), lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=self.fused
+        )
         self.student_optimizer = adam(models.student, cfg.student_lr)
         self.critic_optimizer = adam(models.critic, cfg.critic_lr)
-        self.negative_embeds = models.text([cfg.negative_prompt]) if cfg.guidance else None        # [1,L,text_dim]
-        self.score_schedule = None if cfg.score_shift is None else replace(models.schedule, shift=cfg.score_shift)
-        self.balance = AdaptiveBalance(weighting.balance, weighting.balance_window, weighting.balance_warmup)
+        self.negative_embeds = (
+            models.text([cfg.negative_prompt]) if cfg.guidance else None
+        )  # [1,L,text_dim]
+        self.score_schedule = (
+            None if cfg.score_shift is None else replace(models.schedule, shift=cfg.score_shift)
+        )
+        self.balance = AdaptiveBalance(
+            weighting.balance, weighting.balance_window, weighting.balance_warmup
+        )
         self.step_count, self.skipped = 0, 0
 
 # %% ../nbs/12_stream_r1.ipynb #70e4cfc6
@@ -238,24 +322,58 @@ def draw(self: Distiller, update: int, micro: int) -> tuple[torch.Generator, lis
     "Generator, sentences and exit steps of a micro-batch."
     cfg = self.cfg
     n = update * cfg.micro_batches + micro
-    prompts = [self.prompts[shuffled(i, len(self.prompts), cfg.seed)] for i in range(n * cfg.batch, (n + 1) * cfg.batch)]
+    prompts = [
+        self.prompts[shuffled(i, len(self.prompts), cfg.seed)]
+        for i in range(n * cfg.batch, (n + 1) * cfg.batch)
+    ]
     blocks = len(block_sizes(cfg.frames, cfg.frames_per_block))
-    return seeded(cfg.seed, n), prompts, draw_exit_steps(blocks, len(cfg.steps), seeded(cfg.seed, n // cfg.exit_group, stream=1), cfg.exit_per_block)
+    return (
+        seeded(cfg.seed, n),
+        prompts,
+        draw_exit_steps(
+            blocks,
+            len(cfg.steps),
+            seeded(cfg.seed, n // cfg.exit_group, stream=1),
+            cfg.exit_per_block,
+        ),
+    )
+
 
 @patch
-def rollout(self: Distiller, update: int, micro: int) -> tuple[torch.Tensor, list[str], torch.Tensor, torch.Generator]:
+def rollout(
+    self: Distiller, update: int, micro: int
+) -> tuple[torch.Tensor, list[str], torch.Tensor, torch.Generator]:
     "The student's own clips: latents [B,F,C,h,w], sentences, embeddings, and the generator for what is drawn next."
     generator, prompts, exits = self.draw(update, micro)
     cfg, m, embeds = self.cfg, self.models, self.models.text(prompts)
-    noise = torch.randn(len(prompts), cfg.frames, m.student.cfg.in_channels, *m.student.cfg.latent_size, generator=generator).to(embeds.device)
-    made = self_forcing_rollout(m.student, noise, embeds, m.schedule, cfg.steps, exits, cfg.frames_per_block, cfg.cache,
-                                cfg.evict, generator=generator, context_noise=cfg.context_noise,
-                                context_lookup=cfg.context_lookup)
+    noise = torch.randn(
+        len(prompts),
+        cfg.frames,
+        m.student.cfg.in_channels,
+        *m.student.cfg.latent_size,
+        generator=generator,
+    ).to(embeds.device)
+    made = self_forcing_rollout(
+        m.student,
+        noise,
+        embeds,
+        m.schedule,
+        cfg.steps,
+        exits,
+        cfg.frames_per_block,
+        cfg.cache,
+        cfg.evict,
+        generator=generator,
+        context_noise=cfg.context_noise,
+        context_lookup=cfg.context_lookup,
+    )
     return made.latents, prompts, embeds, generator
 
 # %% ../nbs/12_stream_r1.ipynb #59ad2b9f
 @patch
-def critic_objective(self: Distiller, update: int, micro: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def critic_objective(
+    self: Distiller, update: int, micro: int
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     "Loss of the critic on the student's clips, and its value for the record."
     with torch.no_grad():
         x, _, embeds, generator = self.rollout(update, micro)
@@ -266,7 +384,9 @@ def critic_objective(self: Distiller, update: int, micro: int) -> tuple[torch.Te
 
 # %% ../nbs/12_stream_r1.ipynb #a27e0065
 @patch
-def generator_objective(self: Distiller, update: int, micro: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def generator_objective(
+    self: Distiller, update: int, micro: int
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss of the student, without the balance penalty, and for the record: the loss, the reward that weighs [B], and the
     rewards [B] by axis; without a reward model the loss alone."""
     m, w = self.models, self.weighting
@@ -274,12 +394,16 @@ def generator_objective(self: Distiller, update: int, micro: int) -> tuple[torch
     t = score_timesteps(m.schedule, len(x), generator).to(x.device)
     noise = torch.randn(x.shape, generator=generator).to(x)
     negative = None if self.negative_embeds is None else self.negative_embeds.expand(len(x), -1, -1)
-    p = predictions(m.teacher, m.critic, x, noise, t, embeds, negative, m.schedule, self.score_schedule)
+    p = predictions(
+        m.teacher, m.critic, x, noise, t, embeds, negative, m.schedule, self.score_schedule
+    )
     judged = None if m.reward is None else judge_rollouts(m.reward, m.codec, x, prompts, w)
     gradient = dmd_gradient(x, **p, guidance=self.cfg.guidance)
     if not (finite := gradient.isfinite().flatten(1).all(1)).all():
         clip = (~finite).nonzero()[0].item()
-        raise FloatingPointError(f"gradient: teacher or critic made values that are not finite for clip {clip}")
+        raise FloatingPointError(
+            f"gradient: teacher or critic made values that are not finite for clip {clip}"
+        )
     if judged is None:
         loss = stream_r1_loss(x, gradient, torch.zeros(len(x), device=x.device), beta=0.0)
         return loss, {"loss": loss.detach()[None]}
@@ -294,6 +418,7 @@ def agree(self: Distiller, compute: Callable[[], tuple]) -> tuple:
     "What `compute()` returns; chapter 13 raises its FloatingPointError in all processes."
     return compute()
 
+
 @patch
 def gather(self: Distiller, records: list[dict]) -> list[dict]:
     "The records of all processes, in the order of their micro-batches."
@@ -301,8 +426,14 @@ def gather(self: Distiller, records: list[dict]) -> list[dict]:
 
 # %% ../nbs/12_stream_r1.ipynb #24c9c738
 @patch
-def update(self: Distiller, net: WanTransformer, optimizer: torch.optim.Optimizer, objective: Callable, update: int,
-           scale: Callable[[dict], float] = lambda record: 1.0) -> tuple[dict[str, torch.Tensor], float]:
+def update(
+    self: Distiller,
+    net: WanTransformer,
+    optimizer: torch.optim.Optimizer,
+    objective: Callable,
+    update: int,
+    scale: Callable[[dict], float] = lambda record: 1.0,
+) -> tuple[dict[str, torch.Tensor], float]:
     """One optimizer step on the mean of all micro-batches' gradients, times `scale` of their record; returns record and norm of the gradient.
 
     FloatingPointError, with the weights untouched, if anything is not finite.
@@ -327,7 +458,10 @@ def clip_gradient(net: torch.nn.Module, clip_norm: float, scale: float = 1.0) ->
     if scale != 1.0:
         torch._foreach_mul_([p.grad for p in net.parameters() if p.grad is not None], scale)
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), clip_norm)
-    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()              # sharded over processes, or not
+    return (
+        norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    ).item()  # sharded over processes, or not
+
 
 @patch
 def step(self: Distiller) -> dict[str, float]:
@@ -335,7 +469,12 @@ def step(self: Distiller) -> dict[str, float]:
 
     The balance window takes a step's rewards up only once the student has been updated with them.
     """
-    m, w, n, first = self.models, self.weighting, self.cfg.critic_steps, self.step_count * (self.cfg.critic_steps + 1)
+    m, w, n, first = (
+        self.models,
+        self.weighting,
+        self.cfg.critic_steps,
+        self.step_count * (self.cfg.critic_steps + 1),
+    )
     balanced = bool(w.balance) and w.beta != 0
     self.step_count += 1
 
@@ -343,20 +482,37 @@ def step(self: Distiller) -> dict[str, float]:
         return {axis: record[axis] for axis in m.reward.axes}
 
     def braked(record: dict) -> float:
-        record["penalty"] = torch.tensor([self.balance.preview(by_axis(record))[1] if balanced else 0.0])
+        record["penalty"] = torch.tensor(
+            [self.balance.preview(by_axis(record))[1] if balanced else 0.0]
+        )
         return math.exp(-w.beta * w.balance * record["penalty"].item())
 
     try:
-        critic = [self.update(m.critic, self.critic_optimizer, self.critic_objective, first + i)[0]["critic"].mean().item()
-                  for i in range(n)]
-        record, norm = self.update(m.student, self.student_optimizer, self.generator_objective, first + n, braked)
+        critic = [
+            self.update(m.critic, self.critic_optimizer, self.critic_objective, first + i)[0][
+                "critic"
+            ]
+            .mean()
+            .item()
+            for i in range(n)
+        ]
+        record, norm = self.update(
+            m.student, self.student_optimizer, self.generator_objective, first + n, braked
+        )
     except FloatingPointError as error:
         self.skipped += 1
         return {"skipped": f"step {self.step_count}: {error}"}
     if balanced:
         self.balance.update(by_axis(record))
     clips = self.cfg.batch * self.cfg.micro_batches
-    weight = rollout_weight(record["reward"], w.beta, w.cap) if "reward" in record else torch.ones(clips)
+    weight = (
+        rollout_weight(record["reward"], w.beta, w.cap) if "reward" in record else torch.ones(clips)
+    )
     weight = weight * math.exp(-w.beta * w.balance * record["penalty"].item())
-    return {"critic": sum(critic) / max(1, n), "norm": norm, "weight": weight.mean().item(),
-            "ess": effective_sample_size(weight), **{name: values.mean().item() for name, values in record.items()}}
+    return {
+        "critic": sum(critic) / max(1, n),
+        "norm": norm,
+        "weight": weight.mean().item(),
+        "ess": effective_sample_size(weight),
+        **{name: values.mean().item() for name, values in record.items()},
+    }

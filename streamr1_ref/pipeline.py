@@ -19,13 +19,17 @@ from fastcore.basics import patch
 from PIL import Image
 
 from .cache import CacheConfig
-from .codec import LatentCodec, PCACodec, load_codec, save_codec
-from .conventions import data_path, load_tensors, progress, save_tensors, to_bytes
 from .flow import FlowSchedule
-from .rollout import Stream, StreamSampler, load_student
-from .teacher import TextEncoder, WordEncoder, seeded
+from .ports import LatentCodec, TextEncoder
+from .rollout import Stream, StreamSampler
+from .tiny.codec import PCACodec, load_codec, save_codec
+from .tiny.student import load_student
+from .tiny.text import WordEncoder
+from .tiny.world import COLOURS, DIRECTIONS, SPEEDS
 from .transformer import WanConfig, WanTransformer, load_wan_weights
-from .world import COLOURS, DIRECTIONS, SPEEDS
+from .utils.files import data_path, load_tensors, save_tensors
+from .utils.runtime import progress, seeded
+from .utils.video import to_bytes
 
 # %% auto #0
 __all__ = ['PRESETS', 'StreamR1Pipeline', 'VideoStream', 'as_list', 'read_config', 'Player']
@@ -34,6 +38,7 @@ __all__ = ['PRESETS', 'StreamR1Pipeline', 'VideoStream', 'as_list', 'read_config
 @dataclass
 class StreamR1Pipeline:
     """Sentences -> video, all at once or as a stream. Parts are the ports of the course; `fps` is what a second of video means."""
+
     sampler: StreamSampler
     text: TextEncoder
     codec: LatentCodec
@@ -42,13 +47,16 @@ class StreamR1Pipeline:
     def latent_frames(self, frames: int) -> int:
         "Latent frames that decode to at least `frames` video frames, in whole blocks."
         if frames < 1:
-            raise ValueError(f"seconds: expected at least one frame at {self.fps} frames per second, got {frames}")
+            raise ValueError(
+                f"seconds: expected at least one frame at {self.fps} frames per second, got {frames}"
+            )
         latents, block = 1 - (1 - frames) // self.codec.time_stride, self.sampler.frames_per_block
         return -(-latents // block) * block
 
 # %% ../nbs/14_streaming.ipynb #20b23fc0
 class VideoStream:
     """Iterator over decoded frames [B,3,H,W] in [0,1], without end. Made by `StreamR1Pipeline.stream`; `switch_prompt` at any time."""
+
     def __init__(self, pipe: StreamR1Pipeline, prompts: list[str], generator: torch.Generator):
         self.pipe, self.prompts = pipe, prompts
         self.blocks: Stream = pipe.sampler.stream(pipe.text(prompts), generator)
@@ -68,7 +76,9 @@ class VideoStream:
         "Go on with other sentences from the next block on; `recache` remembers the visible past under them (LongLive, 2509.22622), which makes the change quicker."
         prompts = as_list(prompts)
         if len(prompts) != len(self.prompts):
-            raise ValueError(f"prompts: expected {len(self.prompts)}, as many as the stream has clips, got {len(prompts)}")
+            raise ValueError(
+                f"prompts: expected {len(self.prompts)}, as many as the stream has clips, got {len(prompts)}"
+            )
         self.blocks.switch_prompt(self.pipe.text(prompts), recache)
         self.prompts = prompts
 
@@ -80,14 +90,22 @@ def as_list(prompts: str | Sequence[str]) -> list[str]:
         raise ValueError("prompts: expected at least one sentence, got none")
     return found
 
+
 @patch
 def stream(self: StreamR1Pipeline, prompts: str | Sequence[str], seed: int = 0) -> VideoStream:
     "Frames [B,3,H,W] in [0,1], one at a time and without end."
     return VideoStream(self, as_list(prompts), seeded(seed))
 
+
 @patch
 @torch.no_grad()
-def __call__(self: StreamR1Pipeline, prompts: str | Sequence[str], seconds: float = 2.0, seed: int = 0, show: bool = False) -> torch.Tensor:
+def __call__(
+    self: StreamR1Pipeline,
+    prompts: str | Sequence[str],
+    seconds: float = 2.0,
+    seed: int = 0,
+    show: bool = False,
+) -> torch.Tensor:
     "Clips [B,T,3,H,W] in [0,1] with T = seconds * fps: the beginning of `stream`, with a progress bar if `show`."
     frames = round(seconds * self.fps)
     self.latent_frames(frames)
@@ -95,21 +113,37 @@ def __call__(self: StreamR1Pipeline, prompts: str | Sequence[str], seconds: floa
     return torch.stack([next(stream) for _ in progress(range(frames), "frames", show)], 1)
 
 # %% ../nbs/14_streaming.ipynb #fa9d9d03
-PRESETS = {"tiny": "tiny_student.safetensors", "tiny-start": "tiny_start.safetensors"}       # shipped: initialised for 4,000 steps; for 100
+PRESETS = {
+    "tiny": "tiny_student.safetensors",
+    "tiny-start": "tiny_start.safetensors",
+}  # shipped: initialised for 4,000 steps; for 100
+
 
 @patch
 def save_pretrained(self: StreamR1Pipeline, path: str | Path) -> Path:
     "Write the pipeline to a folder that `from_pretrained` reads; returns it. TypeError for parts that cannot be written."
     folder, s = Path(path), self.sampler
     if not isinstance(self.text, WordEncoder) or not isinstance(self.codec, PCACodec):
-        raise TypeError(f"text, codec: expected WordEncoder and PCACodec, got {type(self.text).__name__} and {type(self.codec).__name__}; keep those in their own folders")
+        raise TypeError(
+            f"text, codec: expected WordEncoder and PCACodec, got {type(self.text).__name__} and {type(self.codec).__name__}; keep those in their own folders"
+        )
     save_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors", s.net.state_dict())
     save_tensors(folder / "text_encoder" / "model.safetensors", self.text.state_dict())
     save_codec(folder / "vae" / "model.safetensors", self.codec)
-    steps = {"steps": list(s.steps), "frames_per_block": s.frames_per_block, "context_noise": s.context_noise}
-    configs = {"transformer/config.json": asdict(s.net.cfg), "scheduler/scheduler_config.json": asdict(s.schedule) | steps | {"cache": asdict(s.cache)},
-               "text_encoder/config.json": {"text_dim": s.net.cfg.text_dim, "max_words": self.text.max_words},
-               "model_index.json": {"_class_name": "StreamR1Pipeline", "fps": self.fps}}
+    steps = {
+        "steps": list(s.steps),
+        "frames_per_block": s.frames_per_block,
+        "context_noise": s.context_noise,
+    }
+    configs = {
+        "transformer/config.json": asdict(s.net.cfg),
+        "scheduler/scheduler_config.json": asdict(s.schedule) | steps | {"cache": asdict(s.cache)},
+        "text_encoder/config.json": {
+            "text_dim": s.net.cfg.text_dim,
+            "max_words": self.text.max_words,
+        },
+        "model_index.json": {"_class_name": "StreamR1Pipeline", "fps": self.fps},
+    }
     for name, values in configs.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(values, indent=1) + "\n")
@@ -136,31 +170,80 @@ def from_pretrained(cls: StreamR1Pipeline, path: str | Path = "tiny") -> StreamR
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"path: expected a folder or one of {list(PRESETS)}, got {path}")
-    index, sizes, words, s = (read_config(folder / name) for name in ("model_index.json", "transformer/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"))
-    net = load_wan_weights(WanTransformer(WanConfig(**sizes)), load_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors")[0])
+    index, sizes, words, s = (
+        read_config(folder / name)
+        for name in (
+            "model_index.json",
+            "transformer/config.json",
+            "text_encoder/config.json",
+            "scheduler/scheduler_config.json",
+        )
+    )
+    net = load_wan_weights(
+        WanTransformer(WanConfig(**sizes)),
+        load_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors")[0],
+    )
     text = WordEncoder(**words)
     text.load_state_dict(load_tensors(folder / "text_encoder" / "model.safetensors")[0])
     settings = {name: s.pop(name) for name in ("steps", "frames_per_block", "context_noise")}
-    sampler = StreamSampler(net.requires_grad_(False), cache=CacheConfig(**s.pop("cache")), schedule=FlowSchedule(**s), **settings)
-    return cls(sampler, text.requires_grad_(False), load_codec(folder / "vae" / "model.safetensors"), index["fps"])
+    sampler = StreamSampler(
+        net.requires_grad_(False),
+        cache=CacheConfig(**s.pop("cache")),
+        schedule=FlowSchedule(**s),
+        **settings,
+    )
+    return cls(
+        sampler,
+        text.requires_grad_(False),
+        load_codec(folder / "vae" / "model.safetensors"),
+        index["fps"],
+    )
 
 # %% ../nbs/14_streaming.ipynb #5bdaa3e0
 class Player:
     """Widgets around a `VideoStream`: `choices` are the words of each place in `template`. `box` is what to display; `tick` shows one frame."""
-    TINY = {"colour": list(COLOURS), "digit": [str(d) for d in range(10)], "direction": list(DIRECTIONS), "speed": ["", *filter(None, SPEEDS)]}
 
-    def __init__(self, pipe: StreamR1Pipeline, template: str = "a {colour} {digit} moving {direction} {speed}", choices: dict[str, list[str]] = TINY, seed: int = 0, enlarge: int = 8):
+    TINY = {
+        "colour": list(COLOURS),
+        "digit": [str(d) for d in range(10)],
+        "direction": list(DIRECTIONS),
+        "speed": ["", *filter(None, SPEEDS)],
+    }
+
+    def __init__(
+        self,
+        pipe: StreamR1Pipeline,
+        template: str = "a {colour} {digit} moving {direction} {speed}",
+        choices: dict[str, list[str]] = TINY,
+        seed: int = 0,
+        enlarge: int = 8,
+    ):
         self.pipe, self.template, self.enlarge = pipe, template, enlarge
-        self.words = {name: ipywidgets.Dropdown(options=options, description=name) for name, options in choices.items()}
-        self.image, self.playing = ipywidgets.Image(format="png"), ipywidgets.ToggleButton(description="play", icon="play")
+        self.words = {
+            name: ipywidgets.Dropdown(options=options, description=name)
+            for name, options in choices.items()
+        }
+        self.image, self.playing = (
+            ipywidgets.Image(format="png"),
+            ipywidgets.ToggleButton(description="play", icon="play"),
+        )
         self.frames = pipe.stream(self.sentence, seed)
-        self.playing.observe(lambda change: change["new"] and threading.Thread(target=self.loop, daemon=True).start(), "value")
-        self.box = ipywidgets.HBox([self.image, ipywidgets.VBox([*self.words.values(), self.playing])])
+        self.playing.observe(
+            lambda change: (
+                change["new"] and threading.Thread(target=self.loop, daemon=True).start()
+            ),
+            "value",
+        )
+        self.box = ipywidgets.HBox(
+            [self.image, ipywidgets.VBox([*self.words.values(), self.playing])]
+        )
 
     @property
     def sentence(self) -> str:
         "What the widgets say."
-        return self.template.format(**{name: widget.value for name, widget in self.words.items()}).strip()
+        return self.template.format(
+            **{name: widget.value for name, widget in self.words.items()}
+        ).strip()
 
 # %% ../nbs/14_streaming.ipynb #9855447d
 @patch
@@ -171,6 +254,7 @@ def tick(self: Player) -> None:
     png = BytesIO()
     Image.fromarray(to_bytes(next(self.frames), self.enlarge)[0].numpy()).save(png, "PNG")
     self.image.value = png.getvalue()
+
 
 @patch
 def loop(self: Player) -> None:

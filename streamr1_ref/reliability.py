@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from .conventions import check_tensor
+from .utils.checks import check_tensor
 
 # %% auto #0
 __all__ = ['check_finite', 'rollout_weight', 'effective_sample_size', 'largest_share', 'self_normalised']
@@ -20,11 +20,15 @@ def check_finite(name: str, values: torch.Tensor) -> torch.Tensor:
     check_tensor(name, values, "B")
     if not (finite := values.isfinite()).all():
         clip = (~finite).nonzero()[0].item()
-        raise ValueError(f"{name}: expected finite values, got {values[clip].item()} for clip {clip}")
+        raise ValueError(
+            f"{name}: expected finite values, got {values[clip].item()} for clip {clip}"
+        )
     return values
 
 # %% ../nbs/09_reward_weighting.ipynb #17923741
-def rollout_weight(reward: torch.Tensor, beta: float = 2.0, cap: float | None = None) -> torch.Tensor:
+def rollout_weight(
+    reward: torch.Tensor, beta: float = 2.0, cap: float | None = None
+) -> torch.Tensor:
     """exp(beta * reward), at most `cap`: the weight of each rollout's loss, [B] -> [B] (Reward Forcing 2512.04678; Stream-R1 2605.03849, sec. 3).
 
     Raises ValueError for rewards that are not finite, a cap that is not positive, or an exponent that overflows without a cap.
@@ -34,7 +38,9 @@ def rollout_weight(reward: torch.Tensor, beta: float = 2.0, cap: float | None = 
         raise ValueError(f"cap: expected a positive number, got {cap}")
     limit = math.log(torch.finfo(exponent.dtype).max) if cap is None else math.log(cap)
     if cap is None and exponent.max() > limit:
-        raise ValueError(f"beta: exp({beta:g} * {reward.max():g}) overflows {exponent.dtype}; lower beta or set a cap")
+        raise ValueError(
+            f"beta: exp({beta:g} * {reward.max():g}) overflows {exponent.dtype}; lower beta or set a cap"
+        )
     return exponent.clamp(max=limit).exp()
 
 # %% ../nbs/09_reward_weighting.ipynb #d3cbca38
@@ -43,10 +49,12 @@ def effective_sample_size(weight: torch.Tensor) -> float:
     w = check_tensor("weight", weight, "B").double() / weight.max()
     return (w.sum().square() / w.square().sum()).item()
 
+
 def largest_share(weight: torch.Tensor) -> float:
     """Largest weight over the sum of weights [B]."""
     w = check_tensor("weight", weight, "B").double() / weight.max()
     return (w.max() / w.sum()).item()
+
 
 def self_normalised(weight: torch.Tensor) -> torch.Tensor:
     """Weights [B] divided by their mean: the batch keeps the size of its gradient."""

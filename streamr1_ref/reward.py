@@ -5,77 +5,14 @@
 # %% ../nbs/08_reward_model.ipynb #01486af2
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Protocol
-
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from fastcore.basics import patch
-from torch import nn
-
-from .codec import LatentCodec, to_patches
-from .conventions import check_tensor, data_path, load_tensors, save_tensors
-from .teacher import WORDS, Training, seeded, tokenize, update
-from .world import (COLOURS, DIRECTIONS, SPEEDS, Caption, blur, caption_split, flicker, freeze, jitter,
-                                sample_clips)
 
 # %% auto #0
-__all__ = ['AXES', 'LEVELS', 'SPOILS', 'RewardModel', 'spoil', 'severity', 'wrong_captions', 'PreferenceBatch',
-           'preference_batch', 'pair_logits', 'bradley_terry', 'Mixer', 'TinyReward', 'RewardTraining',
-           'preference_loss', 'RewardTrainer', 'calibrate', 'pair_accuracy', 'save_reward', 'load_reward']
+__all__ = ['AXES', 'pair_logits', 'bradley_terry']
 
 # %% ../nbs/08_reward_model.ipynb #8c95f5b3
-AXES = ("VQ", "MQ", "TA")        # visual quality, motion quality, text alignment
-
-class RewardModel(Protocol):
-    """The port from pixels [B,T,3,H,W] in [0,1] and one sentence a clip to normalised rewards {axis: [B]}, differentiable to the pixels."""
-    axes: tuple[str, ...]
-    def __call__(self, pixels: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]: ...
-
-# %% ../nbs/08_reward_model.ipynb #d8fb2f20
-LEVELS = {"blur": (0.0, 0.6, 1.2), "flicker": (0.0, 0.3, 0.6), "jitter": (0, 1, 2), "freeze": (1, 2, 4)}     # none, some, much
-SPOILS = {"VQ": ("blur", "flicker"), "MQ": ("jitter", "freeze")}
-
-def spoil(pixels: torch.Tensor, levels: dict[str, torch.Tensor], generator: torch.Generator) -> torch.Tensor:
-    """Clips [B,T,3,H,W] with every defect of LEVELS at its level 0, 1 or 2, one per clip [B]."""
-    apply = {"freeze": lambda x, a: freeze(x, a), "jitter": lambda x, a: jitter(x, generator, a),
-             "blur": lambda x, a: blur(x, a), "flicker": lambda x, a: flicker(x, generator, a)}
-    pixels = pixels.clone()
-    for kind, defect in apply.items():
-        for level in (1, 2):
-            if (rows := levels[kind] == level).any():
-                pixels[rows] = defect(pixels[rows], LEVELS[kind][level])
-    return pixels
-
-def severity(levels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """How bad each clip is on VQ and MQ: the sum of the levels of that axis' defects, 0 to 4, [B]."""
-    return {axis: sum(levels[kind] for kind in kinds) for axis, kinds in SPOILS.items()}
-
-# %% ../nbs/08_reward_model.ipynb #787ba694
-def wrong_captions(caption: Caption) -> list[Caption]:
-    """All 19 sentences that are wrong in one word: 5 colours, 9 digits, 3 directions, 2 speeds, in this order."""
-    words = {"colour": COLOURS, "digit": range(10), "direction": DIRECTIONS, "speed": SPEEDS}
-    return [Caption(**{**asdict(caption), name: value}) for name, known in words.items() for value in known if value != getattr(caption, name)]
-
-# %% ../nbs/08_reward_model.ipynb #95c7788a
-@dataclass
-class PreferenceBatch:
-    """Spoiled clips through the codec, how bad they are, and sentences right and wrong."""
-    pixels: torch.Tensor                    # [B,T,3,H,W]
-    severity: dict[str, torch.Tensor]       # VQ, MQ: [B], 0 to 4
-    right: list[str]
-    wrong: list[list[str]]                  # 19 a clip
-
-def preference_batch(captions: list[Caption], codec: LatentCodec, generator: torch.Generator, split: str = "train") -> PreferenceBatch:
-    """One clip per caption; half of the defects are absent, the rest are at level 1 or 2."""
-    draw = lambda: torch.randint(1, 3, (len(captions),), generator=generator) * (torch.rand(len(captions), generator=generator) < 0.5)
-    levels = {kind: draw() for kind in LEVELS}
-    pixels = spoil(sample_clips(captions, generator, split=split), levels, generator)
-    return PreferenceBatch(codec.decode(codec.encode(pixels)), severity(levels), [str(c) for c in captions],
-                           [[str(w) for w in wrong_captions(c)] for c in captions])
+AXES = ("VQ", "MQ", "TA")  # visual quality, motion quality, text alignment
 
 # %% ../nbs/08_reward_model.ipynb #ea3b0c05
 def pair_logits(reward: torch.Tensor, severity: torch.Tensor) -> torch.Tensor:
@@ -83,135 +20,7 @@ def pair_logits(reward: torch.Tensor, severity: torch.Tensor) -> torch.Tensor:
     better = severity[:, None] < severity[None]
     return (reward[:, None] - reward[None])[better]
 
+
 def bradley_terry(logits: torch.Tensor) -> torch.Tensor:
     """Mean of -log sigma(better - worse), 0 if there is no pair; a scalar."""
     return F.softplus(-logits).sum() / max(1, logits.numel())
-
-# %% ../nbs/08_reward_model.ipynb #be851af5
-class Mixer(nn.Module):
-    """Residual 2-D convolution within each latent frame, around which the world wraps, and a 1-D one over time: [B,F,C,h,w] alike."""
-    def __init__(self, dim: int):
-        super().__init__()
-        self.norm = nn.GroupNorm(4, dim)
-        self.space = nn.Conv2d(dim, dim, 3, padding=1, padding_mode="circular")
-        self.time = nn.Conv1d(dim, dim, 3, padding=1, groups=dim)
-        self.out = nn.Conv2d(dim, dim, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        B, n, C, h, w = x.shape
-        y = F.gelu(self.space(self.norm(x.flatten(0, 1))))
-        y = rearrange(self.time(rearrange(y, "(b f) c h w -> (b h w) c f", b=B)), "(b h w) c f -> (b f) c h w", b=B, h=h)
-        return x + self.out(F.gelu(y)).view_as(x)
-
-# %% ../nbs/08_reward_model.ipynb #b224198f
-class TinyReward(nn.Module):
-    """Three heads on a small network of patch tokens, a `RewardModel`. TA adds up what the clip says for each word of the sentence."""
-    axes = AXES
-    def __init__(self, dim: int = 64, depth: int = 4, patch: int = 4, time_stride: int = 4, max_words: int = 6):
-        super().__init__()
-        self.sizes = {"dim": dim, "depth": depth, "patch": patch, "time_stride": time_stride, "max_words": max_words}
-        self.patch, self.time_stride, self.max_words = patch, time_stride, max_words
-        self.first, self.group = nn.Linear(3 * patch**2, dim), nn.Linear(3 * time_stride * patch**2, dim)
-        self.mixers = nn.Sequential(*(Mixer(dim) for _ in range(depth)))
-        self.head = nn.Sequential(nn.Linear(2 * dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, 2 + len(WORDS) + 1))
-        self.index = {word: i for i, word in enumerate(WORDS, start=1)}
-        self.register_buffer("mean", torch.zeros(3))
-        self.register_buffer("std", torch.ones(3))
-
-# %% ../nbs/08_reward_model.ipynb #5ee3d3ea
-@patch
-def features(self: TinyReward, pixels: torch.Tensor) -> torch.Tensor:
-    "Pixels [B,T,3,H,W] -> raw VQ, raw MQ and one number per word, [B, 2 + words + 1]."
-    T = check_tensor("pixels", pixels, "B T C H W", C=3).shape[1]
-    if (T - 1) % self.time_stride:
-        raise ValueError(f"pixels: expected 1 + {self.time_stride}k frames, got T={T}")
-    groups = rearrange(pixels[:, 1:], "b (f n) c h w -> (b f) n c h w", n=self.time_stride)
-    first = self.first(to_patches(pixels[:, :1], self.patch))[:, None]
-    rest = self.group(to_patches(groups, self.patch)).unflatten(0, (len(pixels), -1))
-    x = self.mixers(rearrange(torch.cat([first, rest], 1), "b f h w c -> b f c h w"))
-    return self.head(torch.cat([x.mean((1, 3, 4)), x.logsumexp((1, 3, 4))], -1))
-
-@patch
-def raw_scores(self: TinyReward, features: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    "Scores [B,3] before normalisation."
-    words = tokenize(prompts, self.index, self.max_words).to(features.device)
-    said = features[:, 2:].gather(1, words) * (words > 0)
-    return torch.cat([features[:, :2], said.sum(1, keepdim=True)], 1)
-
-@patch
-def forward(self: TinyReward, pixels: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
-    "Normalised rewards {axis: [B]}: mean 0 and std 1 over the clips it was trained on."
-    scores = (self.raw_scores(self.features(pixels), prompts) - self.mean) / self.std
-    return dict(zip(self.axes, scores.unbind(1)))
-
-# %% ../nbs/08_reward_model.ipynb #e7efd3b6
-@dataclass(frozen=True)
-class RewardTraining(Training):
-    """Settings of the reward model's training; the defaults made the shipped one."""
-    steps: int = 2500
-    batch: int = 32
-    lr: float = 2e-3
-    ema: float = 0.99
-
-# %% ../nbs/08_reward_model.ipynb #aa483365
-def preference_loss(model: TinyReward, batch: PreferenceBatch) -> torch.Tensor:
-    """Bradley-Terry over all pairs of clips (VQ, MQ) and over right and wrong sentences (TA); a scalar, the sum of the three."""
-    features = model.features(batch.pixels)
-    right = model.raw_scores(features, batch.right)
-    loss = sum(bradley_terry(pair_logits(right[:, i], batch.severity[axis])) for i, axis in enumerate(("VQ", "MQ")))
-    return loss + bradley_terry(torch.stack([right[:, 2] - model.raw_scores(features, list(wrong))[:, 2] for wrong in zip(*batch.wrong)]))
-
-# %% ../nbs/08_reward_model.ipynb #71b52324
-class RewardTrainer:
-    """For `run_training`."""
-    def __init__(self, cfg: RewardTraining, codec: LatentCodec):
-        self.cfg, self.codec, self.step_count, self.captions = cfg, codec, 0, caption_split()[0]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(cfg.seed)
-            self.model, self.average = TinyReward(), TinyReward()
-        self.average.load_state_dict(self.model.state_dict())
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)
-
-    def step(self) -> float:
-        "One update; returns the loss."
-        generator = seeded(self.cfg.seed, self.step_count)
-        chosen = [self.captions[i] for i in torch.randint(len(self.captions), (self.cfg.batch,), generator=generator).tolist()]
-        return update(self, preference_loss(self.model, preference_batch(chosen, self.codec, generator)))
-
-# %% ../nbs/08_reward_model.ipynb #00c03b93
-@torch.no_grad()
-def calibrate(model: TinyReward, codec: LatentCodec, seed: int = 0, clips: int | None = None) -> TinyReward:
-    """Set mean and std of `model` from its raw scores on spoiled clips of the first `clips` training captions (all), with their own sentences; returns it."""
-    batch = preference_batch(caption_split()[0][:clips], codec, seeded(seed, -1))
-    scores = model.raw_scores(model.features(batch.pixels), batch.right)
-    model.mean.copy_(scores.mean(0)); model.std.copy_(scores.std(0))
-    return model
-
-# %% ../nbs/08_reward_model.ipynb #7d848558
-@torch.no_grad()
-def pair_accuracy(model: TinyReward, codec: LatentCodec, seed: int = 1, draws: int = 2) -> dict[str, float]:
-    """Share of held-out pairs (captions and handwriting never trained on) that the model orders right, per axis."""
-    right = {axis: [] for axis in AXES}
-    for draw in range(draws):
-        batch = preference_batch(caption_split()[1], codec, seeded(seed, draw), split="heldout")
-        features = model.features(batch.pixels)
-        scores = model.raw_scores(features, batch.right)
-        for i, axis in enumerate(("VQ", "MQ")):
-            right[axis].append(pair_logits(scores[:, i], batch.severity[axis]) > 0)
-        right["TA"] += [scores[:, 2] > model.raw_scores(features, list(wrong))[:, 2] for wrong in zip(*batch.wrong)]
-    return {axis: torch.cat(list(r)).float().mean().item() for axis, r in right.items()}
-
-# %% ../nbs/08_reward_model.ipynb #a8c27d01
-def save_reward(path: str | Path, model: TinyReward, training: RewardTraining) -> Path:
-    """Write a reward model in float16 with its sizes, normalisation and training settings."""
-    metadata = {"sizes": json.dumps(model.sizes), "training": json.dumps(asdict(training))}
-    return save_tensors(path, {k: v if k in ("mean", "std") else v.half() for k, v in model.state_dict().items()}, metadata)
-
-def load_reward(path: str | Path | None = None) -> TinyReward:
-    """The reward model in a file of `save_reward`, by default the shipped one, without gradients of its weights."""
-    tensors, metadata = load_tensors(path or data_path("tiny_reward.safetensors"))
-    if "sizes" not in metadata:
-        raise ValueError(f"path: expected a file written by save_reward, {path} has no sizes in its metadata")
-    model = TinyReward(**json.loads(metadata["sizes"]))
-    model.load_state_dict({k: v.float() for k, v in tensors.items()})
-    return model.requires_grad_(False)

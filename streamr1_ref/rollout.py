@@ -5,50 +5,54 @@
 # %% ../nbs/06_self_forcing.ipynb #7bb55000
 from __future__ import annotations
 
-import copy
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from fastcore.basics import patch
 
-from .attention import block_sizes, dense_mask, teacher_forcing
+from .attention import block_sizes
 from .cache import CacheConfig, KVCache, make_cache
-from .codec import LatentCodec
-from .conventions import check_tensor, data_path, load_tensors, save_tensors
-from .conventions import progress as progress_bar
 from .flow import FlowSchedule
-from .teacher import TextToLatents, TinyTeacher, Training, load_teacher, run_training, seeded, update
 from .transformer import WanTransformer
-from .world import Caption, Oracle, caption_split, judge, read_glyphs
+from .utils.checks import check_tensor
 
 # %% auto #0
 __all__ = ['Draw', 'check_steps', 'denoise_block', 'fresh_noise', 'remember', 'StreamSampler', 'initial_sizes', 'Stream',
-           'check_start', 'Rollout', 'draw_exit_steps', 'check_exit_steps', 'self_forcing_rollout', 'ode_path',
-           'make_ode_pairs', 'load_ode_pairs', 'regression_loss', 'StudentTraining', 'StudentTrainer', 'TinyStudent',
-           'load_student', 'policies', 'likeness', 'drift']
+           'check_start', 'Rollout', 'draw_exit_steps', 'check_exit_steps', 'self_forcing_rollout']
 
 # %% ../nbs/06_self_forcing.ipynb #94d79f16
 def check_steps(schedule: FlowSchedule, steps: Sequence[int]) -> list[float]:
     """The timesteps that sampler `steps` stand for; ValueError unless they fall and are above 0."""
     if not len(steps) or list(steps) != sorted(set(steps), reverse=True) or min(steps) < 1:
-        raise ValueError(f"steps: expected falling whole numbers from 1 to {schedule.num_train_timesteps}, got {list(steps)}")
+        raise ValueError(
+            f"steps: expected falling whole numbers from 1 to {schedule.num_train_timesteps}, got {list(steps)}"
+        )
     return schedule.warp(steps).tolist()
 
 # %% ../nbs/06_self_forcing.ipynb #fcb943e5
-Draw = Callable[[int, torch.Tensor], torch.Tensor]      # (step, x0) -> fresh noise like x0, to re-noise it after that step
+Draw = Callable[
+    [int, torch.Tensor], torch.Tensor
+]  # (step, x0) -> fresh noise like x0, to re-noise it after that step
 
-def denoise_block(net: WanTransformer, x: torch.Tensor, prompt_embeds: torch.Tensor, cache: KVCache, schedule: FlowSchedule,
-                  timesteps: Sequence[float], draw: Draw, exit_step: int | None = None) -> torch.Tensor:
+
+def denoise_block(
+    net: WanTransformer,
+    x: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    cache: KVCache,
+    schedule: FlowSchedule,
+    timesteps: Sequence[float],
+    draw: Draw,
+    exit_step: int | None = None,
+) -> torch.Tensor:
     """Clean prediction x0 [B,f,C,H,W] for the block that is open in `cache`, from noise x alike, after the call `exit_step` (default: the last).
 
     Only that last call carries a gradient, and it only if gradients are enabled.
     """
     last = len(timesteps) - 1 if exit_step is None else exit_step
-    for i, t in enumerate(timesteps[:last + 1]):
+    for i, t in enumerate(timesteps[: last + 1]):
         timestep = torch.full((len(x),), t, device=x.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and i == last):
             flow = net(x.to(prompt_embeds.dtype), timestep, prompt_embeds, cache=cache)
@@ -58,20 +62,36 @@ def denoise_block(net: WanTransformer, x: torch.Tensor, prompt_embeds: torch.Ten
     return x0
 
 # %% ../nbs/06_self_forcing.ipynb #e4c66386
-def fresh_noise(generator: torch.Generator | None, recorded: Sequence[torch.Tensor] | None = None) -> Draw:
+def fresh_noise(
+    generator: torch.Generator | None, recorded: Sequence[torch.Tensor] | None = None
+) -> Draw:
     """Noise for re-noising: `recorded[step]` if given, else drawn from `generator`; ValueError if there is neither."""
+
     def draw(step: int, x0: torch.Tensor) -> torch.Tensor:
         if recorded is not None and 0 <= step < len(recorded):
             return recorded[step].to(x0)
         if generator is None:
-            raise ValueError("generator: expected a torch.Generator for the noise between steps, got None")
-        return torch.randn(x0.shape, generator=generator, device=generator.device, dtype=torch.float32).to(x0)
+            raise ValueError(
+                "generator: expected a torch.Generator for the noise between steps, got None"
+            )
+        return torch.randn(
+            x0.shape, generator=generator, device=generator.device, dtype=torch.float32
+        ).to(x0)
+
     return draw
 
 # %% ../nbs/06_self_forcing.ipynb #0924340c
 @torch.no_grad()
-def remember(net: WanTransformer, x0: torch.Tensor, prompt_embeds: torch.Tensor, cache: KVCache, schedule: FlowSchedule,
-             context_noise: float = 0.0, draw: Draw | None = None, context_lookup: str = "exact") -> None:
+def remember(
+    net: WanTransformer,
+    x0: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    cache: KVCache,
+    schedule: FlowSchedule,
+    context_noise: float = 0.0,
+    draw: Draw | None = None,
+    context_lookup: str = "exact",
+) -> None:
     """Write the finished block x0 [B,f,C,H,W] into `cache`: one call at timestep `context_noise`, whose output nobody needs.
 
     A `context_noise` above 0 also noises the block that is written. With `context_lookup="nearest"` the noise is always
@@ -87,18 +107,21 @@ def remember(net: WanTransformer, x0: torch.Tensor, prompt_embeds: torch.Tensor,
 @dataclass(frozen=True)
 class StreamSampler:
     """Few-step streaming sampler: `sample` makes a clip, `stream` an endless one. ValueError for settings that clash."""
+
     net: WanTransformer
     schedule: FlowSchedule = field(default_factory=FlowSchedule)
-    steps: Sequence[int] = (1000, 750, 500, 250)      # on the unshifted scale, falling
-    frames_per_block: int = 3                         # latent frames
+    steps: Sequence[int] = (1000, 750, 500, 250)  # on the unshifted scale, falling
+    frames_per_block: int = 3  # latent frames
     cache: CacheConfig = field(default_factory=CacheConfig)
-    context_noise: float = 0.0                        # timestep at which finished blocks are remembered
+    context_noise: float = 0.0  # timestep at which finished blocks are remembered
 
     def __post_init__(self):
         check_steps(self.schedule, self.steps)
         W, S = self.cache.window_frames, self.cache.num_sink
         if self.frames_per_block < 1 or W is not None and W < S + self.frames_per_block:
-            raise ValueError(f"window_frames: expected at least sink_frames + frames_per_block = {S} + {self.frames_per_block}, got {W}")
+            raise ValueError(
+                f"window_frames: expected at least sink_frames + frames_per_block = {S} + {self.frames_per_block}, got {W}"
+            )
 
 # %% ../nbs/06_self_forcing.ipynb #41c2497e
 def initial_sizes(frames: int, frames_per_block: int) -> list[int]:
@@ -108,15 +131,38 @@ def initial_sizes(frames: int, frames_per_block: int) -> list[int]:
 # %% ../nbs/06_self_forcing.ipynb #426bd4f4
 class Stream:
     """An iterator over finished blocks of latents [B,f,C,H,W]. Made by `StreamSampler.stream`; `switch_prompt` between blocks."""
-    def __init__(self, sampler: StreamSampler, prompt_embeds: torch.Tensor, noise: Iterable[torch.Tensor], latent_size: tuple[int, int],
-                 generator: torch.Generator | None = None, renoise: Sequence | None = None, initial: torch.Tensor | None = None):
-        self.sampler, self.prompt_embeds, self.noise, self.generator, self.renoise = sampler, prompt_embeds, iter(noise), generator, renoise
+
+    def __init__(
+        self,
+        sampler: StreamSampler,
+        prompt_embeds: torch.Tensor,
+        noise: Iterable[torch.Tensor],
+        latent_size: tuple[int, int],
+        generator: torch.Generator | None = None,
+        renoise: Sequence | None = None,
+        initial: torch.Tensor | None = None,
+    ):
+        self.sampler, self.prompt_embeds, self.noise, self.generator, self.renoise = (
+            sampler,
+            prompt_embeds,
+            iter(noise),
+            generator,
+            renoise,
+        )
         cfg, keep = sampler.net.cfg, sampler.cache.window_frames or sampler.cache.max_frames
         grid = tuple(n // p for n, p in zip(latent_size, cfg.patch_size[1:]))
-        self.cache = make_cache(cfg, sampler.cache, len(prompt_embeds), grid, prompt_embeds.device, prompt_embeds.dtype)
+        self.cache = make_cache(
+            cfg, sampler.cache, len(prompt_embeds), grid, prompt_embeds.device, prompt_embeds.dtype
+        )
         self.timesteps, self.index = check_steps(sampler.schedule, sampler.steps), 0
-        self.recent = deque(maxlen=-(-keep // sampler.frames_per_block))        # finished blocks, for `switch_prompt`
-        self.given = deque() if initial is None else deque(initial.split(initial_sizes(initial.shape[1], sampler.frames_per_block), 1))
+        self.recent = deque(
+            maxlen=-(-keep // sampler.frames_per_block)
+        )  # finished blocks, for `switch_prompt`
+        self.given = (
+            deque()
+            if initial is None
+            else deque(initial.split(initial_sizes(initial.shape[1], sampler.frames_per_block), 1))
+        )
 
     def __iter__(self) -> Stream:
         return self
@@ -134,91 +180,175 @@ def __next__(self: Stream) -> torch.Tensor:
         x, recorded = next(self.noise), None if self.renoise is None else self.renoise[self.index]
         self.cache.open(x.shape[1])
         draw = fresh_noise(self.generator, recorded)
-        x0 = denoise_block(s.net, x, self.prompt_embeds, self.cache, s.schedule, self.timesteps, draw)
+        x0 = denoise_block(
+            s.net, x, self.prompt_embeds, self.cache, s.schedule, self.timesteps, draw
+        )
         self.index += 1
     remember(s.net, x0, self.prompt_embeds, self.cache, s.schedule, s.context_noise, draw)
     self.recent.append(x0)
     return x0
 
 # %% ../nbs/06_self_forcing.ipynb #088accbe
-def check_start(sampler: StreamSampler, prompt_embeds: torch.Tensor, initial: torch.Tensor | None, size: tuple[int, int], frames: int | None) -> None:
+def check_start(
+    sampler: StreamSampler,
+    prompt_embeds: torch.Tensor,
+    initial: torch.Tensor | None,
+    size: tuple[int, int],
+    frames: int | None,
+) -> None:
     """Refuse, before any work, a start that does not fit, or more `frames` than a cache without a window holds."""
     cfg, cache = sampler.net.cfg, sampler.cache
     check_tensor("prompt_embeds", prompt_embeds, "B L D", D=cfg.text_dim)
     if initial is not None:
-        check_tensor("initial", initial, "B F C H W", B=len(prompt_embeds), C=cfg.in_channels, H=size[0], W=size[1])
+        check_tensor(
+            "initial",
+            initial,
+            "B F C H W",
+            B=len(prompt_embeds),
+            C=cfg.in_channels,
+            H=size[0],
+            W=size[1],
+        )
     total = (frames or 0) + (0 if initial is None else initial.shape[1])
     if cache.window_frames is None and frames is not None and total > cache.max_frames:
-        raise ValueError(f"max_frames: a cache without a window holds {cache.max_frames} frames, got a clip of {total}; raise max_frames or set window_frames")
+        raise ValueError(
+            f"max_frames: a cache without a window holds {cache.max_frames} frames, got a clip of {total}; raise max_frames or set window_frames"
+        )
 
 # %% ../nbs/06_self_forcing.ipynb #5e7f094a
 @patch
-def stream(self: StreamSampler, prompt_embeds: torch.Tensor, generator: torch.Generator, num_blocks: int | None = None,
-           latent_size: tuple[int, int] | None = None, initial: torch.Tensor | None = None) -> Stream:
+def stream(
+    self: StreamSampler,
+    prompt_embeds: torch.Tensor,
+    generator: torch.Generator,
+    num_blocks: int | None = None,
+    latent_size: tuple[int, int] | None = None,
+    initial: torch.Tensor | None = None,
+) -> Stream:
     "One block of latents at a time, without end if `num_blocks` is None; `initial` latents [B,k,C,H,W] are the start of the video."
     size, cfg = latent_size or self.net.cfg.latent_size, self.net.cfg
-    check_start(self, prompt_embeds, initial, size, None if num_blocks is None else num_blocks * self.frames_per_block)
+    check_start(
+        self,
+        prompt_embeds,
+        initial,
+        size,
+        None if num_blocks is None else num_blocks * self.frames_per_block,
+    )
     shape = (len(prompt_embeds), self.frames_per_block, cfg.in_channels, *size)
     rounds = iter(int, 1) if num_blocks is None else range(num_blocks)
-    noise = (torch.randn(shape, generator=generator, device=generator.device).to(prompt_embeds.device) for _ in rounds)
+    noise = (
+        torch.randn(shape, generator=generator, device=generator.device).to(prompt_embeds.device)
+        for _ in rounds
+    )
     return Stream(self, prompt_embeds, noise, size, generator, initial=initial)
 
 # %% ../nbs/06_self_forcing.ipynb #d9258a3a
 @patch
-def sample(self: StreamSampler, noise: torch.Tensor, prompt_embeds: torch.Tensor, renoise: Sequence | None = None,
-           generator: torch.Generator | None = None, initial: torch.Tensor | None = None) -> torch.Tensor:
+def sample(
+    self: StreamSampler,
+    noise: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    renoise: Sequence | None = None,
+    generator: torch.Generator | None = None,
+    initial: torch.Tensor | None = None,
+) -> torch.Tensor:
     "Latents [B,F,C,H,W] from noise alike; `initial` frames come in front. `renoise[block][step]` injects recorded noise between steps."
-    B, frames, _, H, W = check_tensor("noise", noise, "B F C H W", B=len(prompt_embeds), C=self.net.cfg.in_channels).shape
+    B, frames, _, H, W = check_tensor(
+        "noise", noise, "B F C H W", B=len(prompt_embeds), C=self.net.cfg.in_channels
+    ).shape
     sizes = block_sizes(frames, self.frames_per_block)
     check_start(self, prompt_embeds, initial, (H, W), frames)
-    return torch.cat(list(Stream(self, prompt_embeds, noise.split(sizes, 1), (H, W), generator, renoise, initial)), 1)
+    return torch.cat(
+        list(
+            Stream(self, prompt_embeds, noise.split(sizes, 1), (H, W), generator, renoise, initial)
+        ),
+        1,
+    )
 
 # %% ../nbs/06_self_forcing.ipynb #9299ef09
 @patch
 @torch.no_grad()
 def switch_prompt(self: Stream, prompt_embeds: torch.Tensor, recache: bool = True) -> None:
     "Go on with another prompt [B,L,text_dim]. With `recache` the visible past is remembered anew under it (LongLive, 2509.22622)."
-    check_tensor("prompt_embeds", prompt_embeds, "B L D", B=self.cache.batch, D=self.sampler.net.cfg.text_dim)
+    check_tensor(
+        "prompt_embeds", prompt_embeds, "B L D", B=self.cache.batch, D=self.sampler.net.cfg.text_dim
+    )
     self.prompt_embeds, s = prompt_embeds, self.sampler
     if recache:
         self.cache.reset()
         for x0 in self.recent:
             self.cache.open(x0.shape[1])
-            remember(s.net, x0, prompt_embeds, self.cache, s.schedule, s.context_noise, fresh_noise(self.generator))
+            remember(
+                s.net,
+                x0,
+                prompt_embeds,
+                self.cache,
+                s.schedule,
+                s.context_noise,
+                fresh_noise(self.generator),
+            )
 
 # %% ../nbs/06_self_forcing.ipynb #c6a891a4
 @dataclass(frozen=True)
 class Rollout:
     """What `self_forcing_rollout` made."""
-    latents: torch.Tensor        # [B,F,C,H,W], with the gradient of the exit steps
-    exit_steps: list[int]        # index into `steps`: one for all blocks, or one a block
+
+    latents: torch.Tensor  # [B,F,C,H,W], with the gradient of the exit steps
+    exit_steps: list[int]  # index into `steps`: one for all blocks, or one a block
 
 # %% ../nbs/06_self_forcing.ipynb #6736a31b
-def draw_exit_steps(num_blocks: int, num_steps: int, generator: torch.Generator, per_block: bool = False) -> list[int]:
+def draw_exit_steps(
+    num_blocks: int, num_steps: int, generator: torch.Generator, per_block: bool = False
+) -> list[int]:
     """Uniform exit steps: one for the whole rollout, or one a block."""
-    return torch.randint(num_steps, (num_blocks if per_block else 1,), generator=generator, device=generator.device).tolist()
+    return torch.randint(
+        num_steps, (num_blocks if per_block else 1,), generator=generator, device=generator.device
+    ).tolist()
 
 # %% ../nbs/06_self_forcing.ipynb #6e086cc7
 def check_exit_steps(exit_steps: Sequence[int], num_blocks: int, num_steps: int) -> list[int]:
     """One exit step per block; ValueError unless there are 1 or `num_blocks` of them, each in [0, num_steps)."""
     if len(exit_steps) not in (1, num_blocks) or not all(0 <= e < num_steps for e in exit_steps):
-        raise ValueError(f"exit_steps: expected 1 or {num_blocks} values in 0..{num_steps - 1}, got {list(exit_steps)}")
+        raise ValueError(
+            f"exit_steps: expected 1 or {num_blocks} values in 0..{num_steps - 1}, got {list(exit_steps)}"
+        )
     return list(exit_steps) * (num_blocks // len(exit_steps))
 
 # %% ../nbs/06_self_forcing.ipynb #4f6595d1
-def self_forcing_rollout(net: WanTransformer, noise: torch.Tensor, prompt_embeds: torch.Tensor, schedule: FlowSchedule,
-                         steps: Sequence[int] = (1000, 750, 500, 250), exit_steps: Sequence[int] | None = None,
-                         frames_per_block: int = 3, cache: CacheConfig = CacheConfig(), evict: bool = False,
-                         renoise: Sequence | None = None, generator: torch.Generator | None = None,
-                         per_block: bool = False, context_noise: float = 0.0, context_lookup: str = "exact") -> Rollout:
+def self_forcing_rollout(
+    net: WanTransformer,
+    noise: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    schedule: FlowSchedule,
+    steps: Sequence[int] = (1000, 750, 500, 250),
+    exit_steps: Sequence[int] | None = None,
+    frames_per_block: int = 3,
+    cache: CacheConfig = CacheConfig(),
+    evict: bool = False,
+    renoise: Sequence | None = None,
+    generator: torch.Generator | None = None,
+    per_block: bool = False,
+    context_noise: float = 0.0,
+    context_lookup: str = "exact",
+) -> Rollout:
     """The student's own video for training (Self Forcing, 2506.08009, alg. 1): each block stops at its exit step.
 
     Only the exit step's call has a gradient. noise [B,F,C,H,W], prompt_embeds [B,L,text_dim]; `context_noise` and
     `context_lookup` as in `remember`. Raises ValueError for shapes and exit steps that do not fit.
     """
-    B, frames, _, H, W = check_tensor("noise", noise, "B F C H W", B=len(prompt_embeds), C=net.cfg.in_channels).shape
-    sizes, timesteps, blocks = block_sizes(frames, frames_per_block), check_steps(schedule, steps), []
-    drawn = list(exit_steps) if exit_steps is not None else draw_exit_steps(len(sizes), len(steps), generator, per_block)
+    B, frames, _, H, W = check_tensor(
+        "noise", noise, "B F C H W", B=len(prompt_embeds), C=net.cfg.in_channels
+    ).shape
+    sizes, timesteps, blocks = (
+        block_sizes(frames, frames_per_block),
+        check_steps(schedule, steps),
+        [],
+    )
+    drawn = (
+        list(exit_steps)
+        if exit_steps is not None
+        else draw_exit_steps(len(sizes), len(steps), generator, per_block)
+    )
     exits = check_exit_steps(drawn, len(sizes), len(steps))
     grid = (H // net.cfg.patch_size[1], W // net.cfg.patch_size[2])
     kv = make_cache(net.cfg, cache, B, grid, noise.device, prompt_embeds.dtype, evict, frames)
@@ -226,121 +356,14 @@ def self_forcing_rollout(net: WanTransformer, noise: torch.Tensor, prompt_embeds
         kv.open(x.shape[1])
         draw = fresh_noise(generator, None if renoise is None else renoise[b])
         blocks.append(denoise_block(net, x, prompt_embeds, kv, schedule, timesteps, draw, exits[b]))
-        remember(net, blocks[-1].detach(), prompt_embeds, kv, schedule, context_noise, draw, context_lookup)
+        remember(
+            net,
+            blocks[-1].detach(),
+            prompt_embeds,
+            kv,
+            schedule,
+            context_noise,
+            draw,
+            context_lookup,
+        )
     return Rollout(torch.cat(blocks, 1), drawn)
-
-# %% ../nbs/06_self_forcing.ipynb #987293f6
-def ode_path(teacher: TinyTeacher, prompts: list[str], generator: torch.Generator, steps: Sequence[int] = (1000, 750, 500, 250),
-             num_steps: int = 48, guidance_scale: float = 3.0) -> torch.Tensor:
-    """The teacher's states at the student's noise levels and its result, [B, len(steps)+1, F,C,h,w]. ValueError if a level is not on its grid."""
-    n = teacher.schedule.num_train_timesteps
-    if any(step * num_steps % n for step in steps):
-        raise ValueError(f"num_steps: the steps {list(steps)} of {n} lie on no grid of {num_steps} Euler steps; take a multiple of {n // math.gcd(n, *steps)}")
-    wanted, states = {num_steps - step * num_steps // n for step in steps} | {num_steps}, []
-    teacher.sample(prompts, generator, num_steps, guidance_scale, on_step=lambda i, x: states.append(x) if i in wanted else None)
-    return torch.stack(states, 1)
-
-# %% ../nbs/06_self_forcing.ipynb #f8f1eb08
-def make_ode_pairs(teacher: TinyTeacher, folder: str | Path, count: int = 1536, batch: int = 64, seed: int = 0, progress: bool = True) -> None:
-    """Write `count` paths for training captions to part*.safetensors in `folder`, `batch` a file; files that are there already stay."""
-    captions = caption_split()[0]
-    for part in progress_bar(range(-(-count // batch)), "ODE pairs", progress):
-        if not (path := Path(folder) / f"part{part:03}.safetensors").exists():
-            generator = seeded(seed, part)
-            prompts = [str(captions[i]) for i in torch.randint(len(captions), (batch,), generator=generator).tolist()]
-            save_tensors(path, {"path": ode_path(teacher, prompts, generator).half()}, {"prompts": "\n".join(prompts)})
-
-# %% ../nbs/06_self_forcing.ipynb #66bdaaa1
-def load_ode_pairs(folder: str | Path) -> tuple[torch.Tensor, list[str]]:
-    """All paths [N, len(steps)+1, F,C,h,w], float16, and their prompts. FileNotFoundError if the folder has none."""
-    files = [load_tensors(path) for path in sorted(Path(folder).glob("part*.safetensors"))]
-    if not files:
-        raise FileNotFoundError(f"folder: expected part*.safetensors of `streamr1 make-pairs` in {folder}, found none")
-    return torch.cat([tensors["path"] for tensors, _ in files]), [p for _, metadata in files for p in metadata["prompts"].split("\n")]
-
-# %% ../nbs/06_self_forcing.ipynb #58de58f3
-def regression_loss(model: TextToLatents, path: torch.Tensor, prompts: list[str], schedule: FlowSchedule, generator: torch.Generator,
-                    steps: Sequence[int] = (1000, 750, 500, 250), frames_per_block: int = 3) -> torch.Tensor:
-    """Mean squared error of the student's x0 against the ends of ODE paths [B, len(steps)+1, F,C,h,w], each block from a random level; a scalar."""
-    B, _, frames = path.shape[:3]
-    sizes = block_sizes(frames, frames_per_block)
-    level = torch.randint(len(steps), (B, len(sizes)), generator=generator).repeat_interleave(torch.tensor(sizes), 1)     # [B,F]
-    clean, noisy = path[:, -1], path[torch.arange(B)[:, None], level, torch.arange(frames)]
-    timestep = schedule.warp(steps)[level]
-    _, q, r = model.transformer.cfg.patch_size
-    mask = dense_mask(teacher_forcing(sizes), path.shape[-2] * path.shape[-1] // (q * r))
-    both, times = torch.cat([clean, noisy], 1), torch.cat([torch.zeros_like(timestep), timestep], 1)
-    flow = model.transformer(both, times, model.text(prompts), mask=mask, positions=torch.arange(frames).repeat(2))[:, frames:]
-    return (schedule.x0_from_flow(flow, noisy, timestep) - clean).square().mean()
-
-# %% ../nbs/06_self_forcing.ipynb #fe0d9d96
-@dataclass(frozen=True)
-class StudentTraining(Training):
-    """Settings of the causal initialisation; the defaults made the shipped student."""
-    steps: int = 4000
-    batch: int = 16
-    lr: float = 1e-3
-    ema: float = 0.995
-
-# %% ../nbs/06_self_forcing.ipynb #e618cb45
-class StudentTrainer:
-    """Regresses a copy of the teacher, made causal by a mask, onto ODE paths; for `run_training`."""
-    def __init__(self, cfg: StudentTraining, teacher: TinyTeacher, paths: torch.Tensor, prompts: list[str]):
-        self.cfg, self.paths, self.prompts, self.schedule, self.step_count = cfg, paths, prompts, teacher.schedule, 0
-        self.model, self.average = copy.deepcopy(teacher.model), copy.deepcopy(teacher.model)
-        self.model.transformer.requires_grad_(True)                 # the text encoder stays the teacher's
-        self.optimizer = torch.optim.AdamW(self.model.transformer.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)
-
-    def step(self) -> float:
-        "One update; returns the loss."
-        generator = seeded(self.cfg.seed, self.step_count)
-        chosen = torch.randint(len(self.paths), (self.cfg.batch,), generator=generator)
-        loss = regression_loss(self.model, self.paths[chosen].float(), [self.prompts[i] for i in chosen.tolist()], self.schedule, generator)
-        return update(self, loss)
-
-# %% ../nbs/06_self_forcing.ipynb #07e75edf
-@dataclass(frozen=True)
-class TinyStudent:
-    """A causal student with its text encoder and codec."""
-    model: TextToLatents
-    codec: LatentCodec
-    schedule: FlowSchedule = field(default_factory=FlowSchedule)
-
-    def sampler(self, **settings) -> StreamSampler:
-        "A `StreamSampler` for this student; `settings` are its fields."
-        return StreamSampler(self.model.transformer, self.schedule, **settings)
-
-    @torch.no_grad()
-    def frames(self, prompts: list[str], generator: torch.Generator, num_frames: int, **settings) -> torch.Tensor:
-        "Stream and decode, block by block, the first `num_frames` video frames: pixels [B,T,3,H,W]."
-        decode, made, blocks = self.codec.stream_decoder(), 0, self.sampler(**settings).stream(self.model.text(prompts), generator)
-        pixels = []
-        while made < num_frames:
-            pixels.append(decode(next(blocks)))
-            made += pixels[-1].shape[1]
-        return torch.cat(pixels, 1)[:, :num_frames]
-
-# %% ../nbs/06_self_forcing.ipynb #f3ed95b4
-def load_student(path: str | Path | None = None) -> TinyStudent:
-    """The student in a file of `save_teacher`, by default the shipped one, causally initialised and not yet distilled; without gradients."""
-    loaded = load_teacher(path or data_path("tiny_student.safetensors"))
-    return TinyStudent(loaded.model, loaded.codec, loaded.schedule)
-
-# %% ../nbs/06_self_forcing.ipynb #b9d6265f
-def policies(num_latents: int) -> dict[str, CacheConfig]:
-    """The cache policies that chapter 06 compares on streams of `num_latents` latent frames."""
-    return {"full": CacheConfig(window_frames=None, max_frames=num_latents), "sliding window": CacheConfig(sink="none"),
-            "static sink": CacheConfig(sink="static"), "EMA sink 0.999": CacheConfig(), "EMA sink 0.9": CacheConfig(alpha=0.9)}
-
-# %% ../nbs/06_self_forcing.ipynb #080e3a49
-def likeness(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Correlation [B] of the mean ink under the bright matter of two parts of clips [B,T,3,H,W]: 1 if the digit has the same shape."""
-    a, b = (read_glyphs(x).mean(1).flatten(1) for x in (a, b))
-    return torch.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True))
-
-def drift(student: TinyStudent, captions: list[Caption], cache: CacheConfig, oracle: Oracle, seconds: int = 60, every: int = 5,
-          fps: int = 16, seed: int = 0) -> list[dict[str, float]]:
-    """The oracle's metrics of streamed clips, and the likeness to their beginning, one row per `every` seconds."""
-    pixels = student.frames([str(c) for c in captions], seeded(seed), seconds * fps, cache=cache)
-    parts = pixels.split(every * fps, 1)
-    return [{"second": (i + 1) * every, **judge(oracle, part, captions), "likeness": likeness(part, parts[0]).mean().item()} for i, part in enumerate(parts)]

@@ -11,8 +11,8 @@ from typing import Literal, Protocol, get_args
 import torch
 import torch.nn.functional as F
 
-from .conventions import check_tensor
-from .reward import RewardModel
+from .ports import RewardModel
+from .utils.checks import check_tensor
 
 # %% auto #0
 __all__ = ['Layout', 'axis_gradients', 'pixel_saliency', 'PatchRewardModel', 'from_blocks', 'patch_saliency_maps',
@@ -167,7 +167,9 @@ def pool_to_latent(
 
 # %% ../nbs/10_saliency.ipynb #d3d2b846
 def fuse_axes(
-    maps: dict[str, torch.Tensor], rewards: dict[str, torch.Tensor], mode: str = "adaptive",
+    maps: dict[str, torch.Tensor],
+    rewards: dict[str, torch.Tensor],
+    mode: str = "adaptive",
     temperature: float = 1.0,
 ) -> torch.Tensor:
     """One map [B,F,H,W] of the axes' maps alike and rewards [B]: "adaptive" weighs by
@@ -187,7 +189,9 @@ def fuse_axes(
     reward = torch.stack(
         [
             check_tensor(
-                f"rewards[{axis}]", torch.as_tensor(r).to(stacked).reshape(-1), "B",
+                f"rewards[{axis}]",
+                torch.as_tensor(r).to(stacked).reshape(-1),
+                "B",
                 B=stacked.shape[1],
             )
             for axis, r in rewards.items()
@@ -228,15 +232,21 @@ class Weights:
 
 # %% ../nbs/10_saliency.ipynb #bda8ba78
 def factor_weights(
-    saliency: torch.Tensor, temporal: bool = True, spatial_strength: float = 1.0,
-    spatial_floor: float = 0.15, temporal_strength: float = 1.0, temporal_floor: float = 0.2,
+    saliency: torch.Tensor,
+    temporal: bool = True,
+    spatial_strength: float = 1.0,
+    spatial_floor: float = 0.15,
+    temporal_strength: float = 1.0,
+    temporal_floor: float = 0.2,
 ) -> Weights:
     """Saliency [B,F,H,W] -> per-frame times per-region weights (Stream-R1, 2605.03849, sec. 3).
     ValueError for strengths or floors outside [0,1].
     """
     for name, value in (
-        ("spatial_strength", spatial_strength), ("temporal_strength", temporal_strength),
-        ("spatial_floor", spatial_floor), ("temporal_floor", temporal_floor),
+        ("spatial_strength", spatial_strength),
+        ("temporal_strength", temporal_strength),
+        ("spatial_floor", spatial_floor),
+        ("temporal_floor", temporal_floor),
     ):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}: expected a number in [0, 1], got {value}")

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .conventions import check_tensor
+from .utils.checks import check_tensor
 
 # %% auto #0
 __all__ = ['Memory', 'WRAPPERS', 'PREFIXES', 'DIFFUSERS_NAMES', 'DIFFUSERS_BLOCK_NAMES', 'WanConfig', 'to_tokens', 'from_tokens',
@@ -31,27 +31,38 @@ __all__ = ['Memory', 'WRAPPERS', 'PREFIXES', 'DIFFUSERS_NAMES', 'DIFFUSERS_BLOCK
 @dataclass(frozen=True)
 class WanConfig:
     """Sizes of the transformer; the defaults are the tiny world's. Raises ValueError for sizes that do not divide."""
-    dim: int = 128                                 # width of a token
-    ffn_dim: int = 512                             # width inside the feed-forward part
+
+    dim: int = 128  # width of a token
+    ffn_dim: int = 512  # width inside the feed-forward part
     num_heads: int = 4
     num_layers: int = 4
-    in_channels: int = 16                          # channels of the latents
+    in_channels: int = 16  # channels of the latents
     out_channels: int = 16
-    text_dim: int = 64                             # width of a prompt embedding
-    text_len: int = 8                              # prompts are padded with zeros to this length
-    freq_dim: int = 128                            # width of the sinusoidal timestep embedding
-    patch_size: tuple[int, int, int] = (1, 2, 2)   # latent frames, rows and columns that make one token
+    text_dim: int = 64  # width of a prompt embedding
+    text_len: int = 8  # prompts are padded with zeros to this length
+    freq_dim: int = 128  # width of the sinusoidal timestep embedding
+    patch_size: tuple[int, int, int] = (
+        1,
+        2,
+        2,
+    )  # latent frames, rows and columns that make one token
     eps: float = 1e-6
-    latent_size: tuple[int, int] = (8, 8)          # rows and columns of the latents it is trained on; streams start with it, nothing else does
+    latent_size: tuple[int, int] = (
+        8,
+        8,
+    )  # rows and columns of the latents it is trained on; streams start with it, nothing else does
 
     def __post_init__(self):
         if self.dim % self.num_heads or self.head_dim % 2 or self.head_dim < 6:
-            raise ValueError(f"dim, num_heads: expected dim / num_heads to be even and at least 6, got {self.dim} / {self.num_heads}")
+            raise ValueError(
+                f"dim, num_heads: expected dim / num_heads to be even and at least 6, got {self.dim} / {self.num_heads}"
+            )
         if self.freq_dim % 2:
             raise ValueError(f"freq_dim: expected an even number, got {self.freq_dim}")
 
     @property
-    def head_dim(self) -> int: return self.dim // self.num_heads
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
 
 # %% ../nbs/03_transformer.ipynb #b6df4f33
 @patch(cls_method=True)
@@ -59,21 +70,42 @@ def tiny(cls: WanConfig) -> WanConfig:
     "The tiny world's network: 1.2 million parameters."
     return cls()
 
+
 @patch(cls_method=True)
 def wan_1_3b(cls: WanConfig) -> WanConfig:
     "Wan2.1-T2V-1.3B."
-    return cls(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, text_dim=4096, text_len=512, freq_dim=256, latent_size=(60, 104))
+    return cls(
+        dim=1536,
+        ffn_dim=8960,
+        num_heads=12,
+        num_layers=30,
+        text_dim=4096,
+        text_len=512,
+        freq_dim=256,
+        latent_size=(60, 104),
+    )
+
 
 @patch(cls_method=True)
 def wan_14b(cls: WanConfig) -> WanConfig:
     "Wan2.1-T2V-14B."
-    return cls(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, text_dim=4096, text_len=512, freq_dim=256, latent_size=(60, 104))
+    return cls(
+        dim=5120,
+        ffn_dim=13824,
+        num_heads=40,
+        num_layers=40,
+        text_dim=4096,
+        text_len=512,
+        freq_dim=256,
+        latent_size=(60, 104),
+    )
 
 # %% ../nbs/03_transformer.ipynb #e55cb87a
 def to_tokens(x: torch.Tensor, patch_size: tuple[int, int, int]) -> torch.Tensor:
     """Latents [B,F,C,H,W] -> patch vectors [B,f,h,w,C*p*q*r] (channel first), a patch being p frames x q rows x r columns."""
     p, q, r = patch_size
     return rearrange(x, "b (f p) c (h q) (w r) -> b f h w (c p q r)", p=p, q=q, r=r)
+
 
 def from_tokens(vectors: torch.Tensor, patch_size: tuple[int, int, int]) -> torch.Tensor:
     """Patch vectors as the head writes them, [B,f,h,w,p*q*r*C] (channel last) -> latents [B,F,C,H,W]."""
@@ -83,7 +115,9 @@ def from_tokens(vectors: torch.Tensor, patch_size: tuple[int, int, int]) -> torc
 # %% ../nbs/03_transformer.ipynb #b74f302d
 def sinusoidal_embedding(timestep: torch.Tensor, dim: int) -> torch.Tensor:
     """Timesteps [...] -> float32 [...,dim]: cosines, then sines, at dim/2 frequencies falling from 1 to 1e-4."""
-    frequency = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64, device=timestep.device) / (dim // 2))
+    frequency = 10000.0 ** (
+        -torch.arange(dim // 2, dtype=torch.float64, device=timestep.device) / (dim // 2)
+    )
     angle = timestep.double()[..., None] * frequency
     return torch.cat([angle.cos(), angle.sin()], -1).float()
 
@@ -91,7 +125,10 @@ def sinusoidal_embedding(timestep: torch.Tensor, dim: int) -> torch.Tensor:
 def rotary_frequencies(head_dim: int) -> list[torch.Tensor]:
     """Radians per step, float64, of the channel pairs that turn with frame, row and column; head_dim/2 pairs together."""
     space = 2 * (head_dim // 6)
-    return [10000.0 ** (-torch.arange(0, d, 2, dtype=torch.float64) / d) for d in (head_dim - 2 * space, space, space)]
+    return [
+        10000.0 ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+        for d in (head_dim - 2 * space, space, space)
+    ]
 
 # %% ../nbs/03_transformer.ipynb #4f826313
 def rotary_table(frames: torch.Tensor, height: int, width: int, head_dim: int) -> torch.Tensor:
@@ -100,10 +137,19 @@ def rotary_table(frames: torch.Tensor, height: int, width: int, head_dim: int) -
     `frames` [f] are the frames' positions: any numbers, not only 0, 1, 2, ... There is no table that could run out.
     """
     device = frames.device
-    positions = (frames.double(), torch.arange(height, device=device).double(), torch.arange(width, device=device).double())
-    f, h, w = (p[:, None] * frequency.to(device) for p, frequency in zip(positions, rotary_frequencies(head_dim)))
+    positions = (
+        frames.double(),
+        torch.arange(height, device=device).double(),
+        torch.arange(width, device=device).double(),
+    )
+    f, h, w = (
+        p[:, None] * frequency.to(device)
+        for p, frequency in zip(positions, rotary_frequencies(head_dim))
+    )
     grid = (len(frames), height, width)
-    angle = torch.cat([f[:, None, None].expand(*grid, -1), h[:, None].expand(*grid, -1), w.expand(*grid, -1)], -1).flatten(0, 2)
+    angle = torch.cat(
+        [f[:, None, None].expand(*grid, -1), h[:, None].expand(*grid, -1), w.expand(*grid, -1)], -1
+    ).flatten(0, 2)
     return torch.stack([angle.cos(), angle.sin()])
 
 # %% ../nbs/03_transformer.ipynb #1097ebf8
@@ -114,16 +160,24 @@ def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
 
 # %% ../nbs/03_transformer.ipynb #1846dc8e
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """softmax(q k^T / sqrt(d)) v for q [B,N,heads,d] and k, v [B,M,heads,d] -> [B,N,heads*d]; `mask` bool [N,M], True = may look."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
+    )
     return out.transpose(1, 2).flatten(2)
 
 # %% ../nbs/03_transformer.ipynb #40c236b8
-Memory = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]      # keys and values [B,N,heads,d] of a call -> all to see
+Memory = Callable[
+    [torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
+]  # keys and values [B,N,heads,d] of a call -> all to see
+
 
 class Attention(nn.Module):
     """Multi-head attention with queries and keys RMS-normed over the whole width; to itself, or to a context."""
+
     def __init__(self, dim: int, num_heads: int, eps: float = 1e-6):
         super().__init__()
         self.num_heads = num_heads
@@ -131,12 +185,22 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
         self.attend = attend
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None, table: torch.Tensor | None = None,
-                memory: Memory | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        context: torch.Tensor | None = None,
+        table: torch.Tensor | None = None,
+        memory: Memory | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """x [B,N,dim]; context [B,M,dim], or None for self-attention; rotary `table` [2,N,head_dim/2] or None -> [B,N,dim]."""
         context = x if context is None else context
         heads = lambda y: y.unflatten(-1, (self.num_heads, -1))
-        q, k, v = heads(self.norm_q(self.q(x))), heads(self.norm_k(self.k(context))), heads(self.v(context))
+        q, k, v = (
+            heads(self.norm_q(self.q(x))),
+            heads(self.norm_k(self.k(context))),
+            heads(self.v(context)),
+        )
         if table is not None:
             q, k = rotate(q, table), rotate(k, table) if memory is None else k
         k, v = (k, v) if memory is None else memory(k, v)
@@ -148,6 +212,7 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
     y = x.unflatten(1, (shift.shape[1], -1)).to(torch.promote_types(x.dtype, torch.float32))
     return (y * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2).to(x.dtype)
 
+
 def gate(x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
     """x [B,f*n,dim] times a gate [B,f,dim], frame by frame."""
     return (x.unflatten(1, (by.shape[1], -1)) * by[:, :, None]).flatten(1, 2).to(x.dtype)
@@ -155,25 +220,45 @@ def gate(x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
 # %% ../nbs/03_transformer.ipynb #4ef5ee5b
 class Block(nn.Module):
     """One layer: modulated self-attention, cross-attention to the prompt, modulated feed-forward; each added to its input."""
+
     def __init__(self, cfg: WanConfig):
         super().__init__()
-        self.norm1, self.norm2 = (nn.LayerNorm(cfg.dim, cfg.eps, elementwise_affine=False) for _ in range(2))
+        self.norm1, self.norm2 = (
+            nn.LayerNorm(cfg.dim, cfg.eps, elementwise_affine=False) for _ in range(2)
+        )
         self.norm3 = nn.LayerNorm(cfg.dim, cfg.eps)
-        self.self_attn, self.cross_attn = (Attention(cfg.dim, cfg.num_heads, cfg.eps) for _ in range(2))
-        self.ffn = nn.Sequential(nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU("tanh"), nn.Linear(cfg.ffn_dim, cfg.dim))
+        self.self_attn, self.cross_attn = (
+            Attention(cfg.dim, cfg.num_heads, cfg.eps) for _ in range(2)
+        )
+        self.ffn = nn.Sequential(
+            nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU("tanh"), nn.Linear(cfg.ffn_dim, cfg.dim)
+        )
         self.modulation = nn.Parameter(torch.randn(1, 6, cfg.dim) / cfg.dim**0.5)
 
-    def forward(self, x: torch.Tensor, time: torch.Tensor, context: torch.Tensor, table: torch.Tensor,
-                memory: Memory | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        time: torch.Tensor,
+        context: torch.Tensor,
+        table: torch.Tensor,
+        memory: Memory | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Tokens x [B,N,dim], time [B,f,6,dim], prompt context [B,L,dim], rotary table [2,N,head_dim/2] -> [B,N,dim]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unbind(2)
-        x = x + gate(self.self_attn(modulate(self.norm1(x), shift1, scale1), table=table, memory=memory, mask=mask), gate1)
+        x = x + gate(
+            self.self_attn(
+                modulate(self.norm1(x), shift1, scale1), table=table, memory=memory, mask=mask
+            ),
+            gate1,
+        )
         x = x + self.cross_attn(self.norm3(x), context)
         return x + gate(self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
 
 # %% ../nbs/03_transformer.ipynb #214f7e5a
 class Head(nn.Module):
     """The last layer norm, modulated by the clock, and the linear layer to patch vectors."""
+
     def __init__(self, cfg: WanConfig):
         super().__init__()
         self.norm = nn.LayerNorm(cfg.dim, cfg.eps, elementwise_affine=False)
@@ -188,22 +273,32 @@ class Head(nn.Module):
 # %% ../nbs/03_transformer.ipynb #0fcb8f8f
 class Cache(Protocol):
     """The past of a stream; chapter 05 writes the classes."""
-    def recall(self, batch: int, frames: int, grid: tuple[int, int]) -> tuple[torch.Tensor, list[Memory]]:
+
+    def recall(
+        self, batch: int, frames: int, grid: tuple[int, int]
+    ) -> tuple[torch.Tensor, list[Memory]]:
         "Rotary table for the queries of a call on frames of `grid` (rows, columns) tokens, and one memory per layer."
 
 
 class WanTransformer(nn.Module):
     """Wan2.1's text-to-video transformer (2503.20314, sec. 4.2). Parameters are named as in the official checkpoints."""
+
     def __init__(self, cfg: WanConfig):
         super().__init__()
         self.cfg = cfg
         self.patch_embedding = nn.Conv3d(cfg.in_channels, cfg.dim, cfg.patch_size, cfg.patch_size)
-        self.text_embedding = nn.Sequential(nn.Linear(cfg.text_dim, cfg.dim), nn.GELU("tanh"), nn.Linear(cfg.dim, cfg.dim))
-        self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim))
+        self.text_embedding = nn.Sequential(
+            nn.Linear(cfg.text_dim, cfg.dim), nn.GELU("tanh"), nn.Linear(cfg.dim, cfg.dim)
+        )
+        self.time_embedding = nn.Sequential(
+            nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim)
+        )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
         self.head = Head(cfg)
-        self.checkpointing = False          # keep only what enters a layer for the backward pass, and compute the rest again
+        self.checkpointing = (
+            False  # keep only what enters a layer for the backward pass, and compute the rest again
+        )
 
 # %% ../nbs/03_transformer.ipynb #95acaae4
 @patch
@@ -212,34 +307,55 @@ def embed_patches(self: WanTransformer, x_t: torch.Tensor) -> torch.Tensor:
     conv = self.patch_embedding
     return F.linear(to_tokens(x_t, self.cfg.patch_size), conv.weight.flatten(1), conv.bias)
 
+
 @patch
 def embed_time(self: WanTransformer, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "Timesteps [B,f] -> the clock's vector [B,f,dim] for the head and its projection [B,f,6,dim] for the blocks."
-    time = self.time_embedding(sinusoidal_embedding(timestep, self.cfg.freq_dim).to(self.patch_embedding.weight.dtype))
+    time = self.time_embedding(
+        sinusoidal_embedding(timestep, self.cfg.freq_dim).to(self.patch_embedding.weight.dtype)
+    )
     return time, self.time_projection(time).unflatten(-1, (6, -1))
+
 
 @patch
 def embed_prompt(self: WanTransformer, prompt_embeds: torch.Tensor) -> torch.Tensor:
     "Prompt embeddings [B,L,text_dim] -> context [B,text_len,dim]; missing tokens are zero vectors before the embedding."
-    return self.text_embedding(F.pad(prompt_embeds, (0, 0, 0, self.cfg.text_len - prompt_embeds.shape[1])))
+    return self.text_embedding(
+        F.pad(prompt_embeds, (0, 0, 0, self.cfg.text_len - prompt_embeds.shape[1]))
+    )
 
 # %% ../nbs/03_transformer.ipynb #15cb8cb5
-def check_inputs(cfg: WanConfig, x_t: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor) -> None:
+def check_inputs(
+    cfg: WanConfig, x_t: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor
+) -> None:
     """Raise a ValueError or TypeError that names the argument unless the three fit each other and `cfg`."""
     B, n, _, H, W = check_tensor("x_t", x_t, "B F C H W", C=cfg.in_channels).shape
     p, q, r = cfg.patch_size
     if n % p or H % q or W % r:
-        raise ValueError(f"x_t: expected frames, height and width in multiples of patch_size={cfg.patch_size}, got {n}, {H}, {W}")
+        raise ValueError(
+            f"x_t: expected frames, height and width in multiples of patch_size={cfg.patch_size}, got {n}, {H}, {W}"
+        )
     if timestep.shape not in ((B,), (B, n // p)):
-        raise ValueError(f"timestep: expected shape [B]={[B]} or [B,F]={[B, n // p]}, got {list(timestep.shape)}")
+        raise ValueError(
+            f"timestep: expected shape [B]={[B]} or [B,F]={[B, n // p]}, got {list(timestep.shape)}"
+        )
     length = check_tensor("prompt_embeds", prompt_embeds, "B L D", B=B, D=cfg.text_dim).shape[1]
     if length > cfg.text_len:
-        raise ValueError(f"prompt_embeds: expected at most text_len={cfg.text_len} tokens, got {length}")
+        raise ValueError(
+            f"prompt_embeds: expected at most text_len={cfg.text_len} tokens, got {length}"
+        )
 
 # %% ../nbs/03_transformer.ipynb #506d5bac
 @patch
-def forward(self: WanTransformer, x_t: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor, cache: Cache | None = None,
-            mask: torch.Tensor | None = None, positions: torch.Tensor | None = None) -> torch.Tensor:
+def forward(
+    self: WanTransformer,
+    x_t: torch.Tensor,
+    timestep: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    cache: Cache | None = None,
+    mask: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Flow [B,F,C,H,W] for noisy latents alike, timestep [B] or [B,F] in [0,1000] and prompt_embeds [B,L,text_dim], L <= text_len.
 
     With a `cache`, x_t is the block that is open in it. Without: `mask` bool [N,N] over tokens, and `positions` [F] of the frames, by default 0, 1, ...
@@ -256,13 +372,18 @@ def forward(self: WanTransformer, x_t: torch.Tensor, timestep: torch.Tensor, pro
     x, context = tokens.flatten(1, 3), self.embed_prompt(prompt_embeds)
     again = self.checkpointing and torch.is_grad_enabled()
     for block, memory in zip(self.blocks, memories):
-        run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False) if again else block
+        run = (
+            partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+            if again
+            else block
+        )
         x = run(x, time6, context, table, memory, mask)
     return from_tokens(self.head(x, time).unflatten(1, (f, h, w)), self.cfg.patch_size)
 
 # %% ../nbs/03_transformer.ipynb #182c8eb2
-WRAPPERS = ("generator_ema", "generator", "critic", "model")     # searched in this order
+WRAPPERS = ("generator_ema", "generator", "critic", "model")  # searched in this order
 PREFIXES = ("model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+
 
 def unwrap_state_dict(state_dict: dict) -> dict[str, torch.Tensor]:
     """The flat {name: tensor} inside a checkpoint: the first of WRAPPERS if there is one, without wrapper classes' prefixes.
@@ -275,33 +396,56 @@ def unwrap_state_dict(state_dict: dict) -> dict[str, torch.Tensor]:
     prefixes, flat = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(PREFIXES)})\."), {}
     for name, value in state_dict.items():
         if (clean := prefixes.sub("", name)) in flat:
-            raise ValueError(f"state_dict: {clean} occurs twice once the prefixes {PREFIXES} are stripped")
+            raise ValueError(
+                f"state_dict: {clean} occurs twice once the prefixes {PREFIXES} are stripped"
+            )
         flat[clean] = value
     return flat
 
 # %% ../nbs/03_transformer.ipynb #b49cff99
 DIFFUSERS_NAMES = {
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1", "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1", "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj", "head.modulation": "scale_shift_table", "head.head": "proj_out"}
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.modulation": "scale_shift_table",
+    "head.head": "proj_out",
+}
 DIFFUSERS_BLOCK_NAMES = {
-    "modulation": "scale_shift_table", "norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2",
-    **{f"{kind}_attn.{official}": f"attn{n}.{theirs}" for n, kind in ((1, "self"), (2, "cross")) for official, theirs in
-       (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"), ("norm_q", "norm_q"), ("norm_k", "norm_k"))}}
+    "modulation": "scale_shift_table",
+    "norm3": "norm2",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    **{
+        f"{kind}_attn.{official}": f"attn{n}.{theirs}"
+        for n, kind in ((1, "self"), (2, "cross"))
+        for official, theirs in (
+            ("q", "to_q"),
+            ("k", "to_k"),
+            ("v", "to_v"),
+            ("o", "to_out.0"),
+            ("norm_q", "norm_q"),
+            ("norm_k", "norm_k"),
+        )
+    },
+}
+
 
 def translate(name: str, top: dict[str, str], block: dict[str, str]) -> str:
     """Replace the stem of a tensor name by what `top` (or `block`, behind "blocks.N.") says; unknown stems stay."""
     found = re.match(r"blocks\.\d+\.", name)
-    prefix, rest, stems = (found[0], name[found.end():], block) if found else ("", name, top)
+    prefix, rest, stems = (found[0], name[found.end() :], block) if found else ("", name, top)
     for stem, other in stems.items():
         if rest == stem or rest.startswith(stem + "."):
-            return prefix + other + rest[len(stem):]
+            return prefix + other + rest[len(stem) :]
     return name
 
 # %% ../nbs/03_transformer.ipynb #38b7e0d8
 def to_diffusers_name(name: str) -> str:
     """Official tensor name -> its name in diffusers' WanTransformer3DModel."""
     return translate(name, DIFFUSERS_NAMES, DIFFUSERS_BLOCK_NAMES)
+
 
 def to_official_name(name: str) -> str:
     """Name in diffusers' WanTransformer3DModel -> official tensor name."""
@@ -315,11 +459,27 @@ def load_wan_weights(net: nn.Module, state_dict: dict) -> nn.Module:
     if any(name.startswith("condition_embedder.") for name in weights):
         weights = {to_official_name(name): value for name, value in weights.items()}
     wanted = net.state_dict()
-    misfits = [f"missing {name} {tuple(value.shape)}" for name, value in wanted.items() if name not in weights]
-    misfits += [f"unexpected {name} {tuple(value.shape)}" for name, value in weights.items() if name not in wanted]
-    misfits += [f"{name}: expected shape {tuple(value.shape)}, got {tuple(weights[name].shape)}"
-                for name, value in wanted.items() if name in weights and weights[name].shape != value.shape]
+    misfits = [
+        f"missing {name} {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name not in weights
+    ]
+    misfits += [
+        f"unexpected {name} {tuple(value.shape)}"
+        for name, value in weights.items()
+        if name not in wanted
+    ]
+    misfits += [
+        f"{name}: expected shape {tuple(value.shape)}, got {tuple(weights[name].shape)}"
+        for name, value in wanted.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
     if misfits:
-        raise ValueError(f"state_dict: {len(misfits)} tensors do not fit this network:\n  " + "\n  ".join(misfits))
-    net.load_state_dict(weights, assign=any(p.is_meta for p in net.parameters()))     # a meta network takes the tensors themselves
+        raise ValueError(
+            f"state_dict: {len(misfits)} tensors do not fit this network:\n  "
+            + "\n  ".join(misfits)
+        )
+    net.load_state_dict(
+        weights, assign=any(p.is_meta for p in net.parameters())
+    )  # a meta network takes the tensors themselves
     return net

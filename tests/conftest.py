@@ -1,4 +1,5 @@
 """Shared by all tests: golden files and seeded generators."""
+
 from __future__ import annotations
 
 import json
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamr1_ref.conventions import load_tensors
+from streamr1_ref.utils.files import load_tensors
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -15,7 +16,10 @@ GOLDEN = Path(__file__).parent / "golden"
 @pytest.fixture
 def golden():
     """golden("name") -> (tensors, settings) of tests/golden/name.*"""
-    return lambda name: (load_tensors(GOLDEN / f"{name}.safetensors")[0], json.loads((GOLDEN / f"{name}.json").read_text()))
+    return lambda name: (
+        load_tensors(GOLDEN / f"{name}.safetensors")[0],
+        json.loads((GOLDEN / f"{name}.json").read_text()),
+    )
 
 
 @pytest.fixture

@@ -8,7 +8,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from streamr1_ref.budget import (
+from streamr1_ref.objective import METHODS
+from streamr1_ref.training.trainer import PRESETS, TrainConfig, Trainer, shard
+from streamr1_ref.transformer import WanConfig
+from streamr1_ref.wan.budget import (
     FIRST_EDITION,
     TYPED,
     PlanSettings,
@@ -35,11 +38,8 @@ from streamr1_ref.budget import (
     rollout_cost,
     step_parts,
 )
-from streamr1_ref.fullscale import Sizes
-from streamr1_ref.objective import METHODS
-from streamr1_ref.train import PRESETS, TrainConfig, Trainer, shard
-from streamr1_ref.transformer import WanConfig
-from streamr1_ref.wan import SIZES
+from streamr1_ref.wan.build import Sizes
+from streamr1_ref.wan.checkpoints import SIZES
 
 GIB = 2**30
 PUBLISHED = PRESETS["wan-1.3b"].distillation

@@ -1,4 +1,5 @@
 """The caches against the published layer, and what no reader needs to see: memory, precision, checkpointing, refusals."""
+
 import copy
 
 import pytest
@@ -6,12 +7,24 @@ import torch
 from conftest import relative_error
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing, checkpoint_wrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 
 from streamr1_ref.cache import CacheConfig, KVCache, make_cache
 from streamr1_ref.transformer import Attention, Block, WanConfig, WanTransformer
 
-SMALL = WanConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, in_channels=4, out_channels=4, text_dim=16, freq_dim=32)
+SMALL = WanConfig(
+    dim=48,
+    ffn_dim=96,
+    num_heads=2,
+    num_layers=2,
+    in_channels=4,
+    out_channels=4,
+    text_dim=16,
+    freq_dim=32,
+)
 
 
 def published_layer(golden, name, **change):
@@ -20,7 +33,14 @@ def published_layer(golden, name, **change):
     layer = Attention(info["dim"], info["heads"], info["eps"]).requires_grad_(False)
     layer.load_state_dict({k[2:]: v for k, v in tensors.items() if k.startswith("w.")})
     net = WanConfig(dim=info["dim"], num_heads=info["heads"], num_layers=1)
-    cfg = CacheConfig(**{"window_frames": info["window_frames"], "sink_frames": info["sink_frames"], "alpha": info["alpha"], **change})
+    cfg = CacheConfig(
+        **{
+            "window_frames": info["window_frames"],
+            "sink_frames": info["sink_frames"],
+            "alpha": info["alpha"],
+            **change,
+        }
+    )
     cache, ours, theirs = make_cache(net, cfg, 1, info["frame_grid"]), [], []
     for b in range(info["blocks"]):
         cache.open(info["frames_per_block"])
@@ -32,18 +52,32 @@ def published_layer(golden, name, **change):
     return ours, theirs, cache, (tensors["k." + last], tensors["v." + last])
 
 
-@pytest.mark.parametrize("name, change", [("attention_ema_sink", {}), ("attention_ema_sink_fast", {}),
-                                          ("attention_sink_smaller_than_block", {"overflow": "overwrite"})])
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("attention_ema_sink", {}),
+        ("attention_ema_sink_fast", {}),
+        ("attention_sink_smaller_than_block", {"overflow": "overwrite"}),
+    ],
+)
 def test_published_layer(golden, name, change):
     ours, theirs, cache, (k, v) = published_layer(golden, name, **change)
     errors = [relative_error(a, b) for a, b in zip(ours, theirs)]
     assert len(errors) >= 10 and max(errors) < 1e-5, errors
-    assert relative_error(cache.store[0, 0, :, :cache.length].flatten(1, 2), k) < 1e-6      # un-rotated keys, sink first
-    assert relative_error(cache.store[1, 0, :, :cache.length].flatten(1, 2), v) < 1e-6
+    assert (
+        relative_error(cache.store[0, 0, :, : cache.length].flatten(1, 2), k) < 1e-6
+    )  # un-rotated keys, sink first
+    assert relative_error(cache.store[1, 0, :, : cache.length].flatten(1, 2), v) < 1e-6
 
 
-@pytest.mark.parametrize("name, change", [("attention_ema_sink_fast", {"sink": "static"}), ("attention_ema_sink_fast", {"sink": "none"}),
-                                          ("attention_sink_smaller_than_block", {"overflow": "average"})])
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("attention_ema_sink_fast", {"sink": "static"}),
+        ("attention_ema_sink_fast", {"sink": "none"}),
+        ("attention_sink_smaller_than_block", {"overflow": "average"}),
+    ],
+)
 def test_other_policies_are_not_the_published_one(golden, name, change):
     ours, theirs, *_ = published_layer(golden, name, **change)
     assert relative_error(ours[-1], theirs[-1]) > 1e-3
@@ -51,7 +85,7 @@ def test_other_policies_are_not_the_published_one(golden, name, change):
 
 def frames_in(cache):
     """Which frame is in each place of the store, when frame j was stored as the number j."""
-    return cache.store[0, 0, 0, :cache.length, 0, 0, 0].tolist()
+    return cache.store[0, 0, 0, : cache.length, 0, 0, 0].tolist()
 
 
 def run(cfg, blocks, evict=True, frames=None):
@@ -66,7 +100,11 @@ def run(cfg, blocks, evict=True, frames=None):
     return cache
 
 
-@given(blocks=st.lists(st.integers(1, 4), min_size=1, max_size=12), window=st.integers(5, 10), sink=st.integers(0, 3))
+@given(
+    blocks=st.lists(st.integers(1, 4), min_size=1, max_size=12),
+    window=st.integers(5, 10),
+    sink=st.integers(0, 3),
+)
 @settings(max_examples=60, deadline=None)
 def test_a_static_sink_and_a_window_keep_the_right_frames(blocks, window, sink):
     if sink + max(blocks) > window:
@@ -80,30 +118,44 @@ def test_a_static_sink_and_a_window_keep_the_right_frames(blocks, window, sink):
     assert cache.seen_past + cache.open_frames == kept == cache.length
 
 
-@given(blocks=st.lists(st.integers(1, 4), min_size=2, max_size=10), sink=st.integers(1, 3), alpha=st.sampled_from([0.0, 0.5, 0.9, 1.0]))
+@given(
+    blocks=st.lists(st.integers(1, 4), min_size=2, max_size=10),
+    sink=st.integers(1, 3),
+    alpha=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+)
 @settings(max_examples=60, deadline=None)
 def test_the_ema_sink_takes_up_each_leaving_frame_once(blocks, sink, alpha):
     assume(sink + max(blocks) <= 8)
     cache, total = run(CacheConfig(8, sink, "ema", alpha), blocks), sum(blocks)
     expected = list(map(float, range(min(sink, total))))
-    for j in range(sink, max(sink, total - (8 - sink))):                  # frames behind the sink that are no longer in the window
+    for j in range(
+        sink, max(sink, total - (8 - sink))
+    ):  # frames behind the sink that are no longer in the window
         expected[j % sink] = alpha * expected[j % sink] + (1 - alpha) * j
     assert frames_in(cache)[:sink] == pytest.approx(expected[:total], abs=1e-4)
 
 
 def test_without_eviction_the_sink_stays_and_attention_sees_the_same_window():
     """Erratum 1: equal to a static sink to the last bit, because nothing leaves."""
-    frozen, static = run(CacheConfig(alpha=0.5), [3] * 7, evict=False, frames=21), run(CacheConfig(sink="static"), [3] * 7)
+    frozen, static = (
+        run(CacheConfig(alpha=0.5), [3] * 7, evict=False, frames=21),
+        run(CacheConfig(sink="static"), [3] * 7),
+    )
     assert frames_in(frozen) == list(map(float, range(21)))
     assert torch.equal(frozen.view, static.view)
     moving = run(CacheConfig(alpha=0.5), [3] * 7)
-    assert frames_in(moving)[:3] != [0.0, 1.0, 2.0] and frames_in(moving)[3:] == frames_in(static)[3:]
+    assert (
+        frames_in(moving)[:3] != [0.0, 1.0, 2.0] and frames_in(moving)[3:] == frames_in(static)[3:]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_sink_in_half_precision_moves_only_if_it_is_kept_in_float32(dtype):
     net, generator = WanConfig(dim=48, num_heads=2, num_layers=1), torch.Generator().manual_seed(0)
-    caches = {kind: make_cache(net, CacheConfig(sink_dtype=kind), 1, (2, 2), dtype=dtype) for kind in ("float32", "cache")}
+    caches = {
+        kind: make_cache(net, CacheConfig(sink_dtype=kind), 1, (2, 2), dtype=dtype)
+        for kind in ("float32", "cache")
+    }
     exact = make_cache(net, CacheConfig(), 1, (2, 2))
     for _ in range(60):
         k = torch.randn(1, 12, 2, 24, generator=generator).to(dtype)
@@ -112,16 +164,24 @@ def test_a_sink_in_half_precision_moves_only_if_it_is_kept_in_float32(dtype):
             cache.recall(1, 3, (2, 2))[1][0](k.to(cache.store.dtype), k.to(cache.store.dtype))
     sink = lambda cache: cache.store[0, 0, :, :3].float()
     assert relative_error(sink(caches["float32"]), sink(exact)) < 5e-3
-    assert relative_error(sink(caches["cache"]), sink(exact)) > 5 * relative_error(sink(caches["float32"]), sink(exact))
+    assert relative_error(sink(caches["cache"]), sink(exact)) > 5 * relative_error(
+        sink(caches["float32"]), sink(exact)
+    )
 
 
 def test_memory_is_allocated_once():
     cache = make_cache(SMALL, CacheConfig(), 2, (2, 3))
     net, prompt = WanTransformer(SMALL).requires_grad_(False), torch.zeros(2, 5, 16)
     x, t = torch.randn(2, 3, 4, 4, 6, generator=torch.Generator().manual_seed(0)), torch.zeros(2)
-    places = lambda: {name: (value.data_ptr(), value.untyped_storage().nbytes()) for name, value in vars(cache).items() if name in ("store", "view", "average")}
+    places = lambda: {
+        name: (value.data_ptr(), value.untyped_storage().nbytes())
+        for name, value in vars(cache).items()
+        if name in ("store", "view", "average")
+    }
     before, size = places(), cache.nbytes
-    assert size == (9 + 9) * 2 * 2 * 2 * 6 * 48 * 4                        # frames in store and view, K and V, layers, batch, tokens, dim, bytes
+    assert (
+        size == (9 + 9) * 2 * 2 * 2 * 6 * 48 * 4
+    )  # frames in store and view, K and V, layers, batch, tokens, dim, bytes
     for _ in range(1000):
         cache.open(3)
         net(x, t, prompt, cache=cache)
@@ -136,7 +196,9 @@ def test_no_host_synchronisation_and_no_data_dependent_python():
         net = WanTransformer(SMALL).requires_grad_(False)
         for _ in range(6):
             cache.open(3)
-            assert net(torch.empty(1, 3, 4, 4, 6), torch.empty(1), torch.empty(1, 5, 16), cache=cache).shape == (1, 3, 4, 4, 6)
+            assert net(
+                torch.empty(1, 3, 4, 4, 6), torch.empty(1), torch.empty(1, 5, 16), cache=cache
+            ).shape == (1, 3, 4, 4, 6)
 
 
 @pytest.mark.parametrize("evict", [True, False])
@@ -145,12 +207,20 @@ def test_gradients_with_activation_checkpointing(evict):
     torch.manual_seed(0)
     plain = WanTransformer(SMALL)
     wrapped = copy.deepcopy(plain)
-    apply_activation_checkpointing(wrapped, checkpoint_wrapper_fn=checkpoint_wrapper, check_fn=lambda m: isinstance(m, Block))
+    apply_activation_checkpointing(
+        wrapped, checkpoint_wrapper_fn=checkpoint_wrapper, check_fn=lambda m: isinstance(m, Block)
+    )
     generator = torch.Generator().manual_seed(0)
-    x, prompt = torch.randn(1, 15, 4, 4, 6, generator=generator), torch.randn(1, 5, 16, generator=generator)
+    x, prompt = (
+        torch.randn(1, 15, 4, 4, 6, generator=generator),
+        torch.randn(1, 5, 16, generator=generator),
+    )
 
     def gradients(net):
-        cache, loss = make_cache(SMALL, CacheConfig(alpha=0.5), 1, (2, 3), evict=evict, frames=15), 0
+        cache, loss = (
+            make_cache(SMALL, CacheConfig(alpha=0.5), 1, (2, 3), evict=evict, frames=15),
+            0,
+        )
         for block in x.split(3, 1):
             cache.open(3)
             out = net(block, torch.full((1,), 500.0), prompt, cache=cache)
@@ -168,7 +238,10 @@ def test_gradients_with_activation_checkpointing(evict):
 def test_batch_rows_are_independent():
     torch.manual_seed(0)
     net, generator = WanTransformer(SMALL).requires_grad_(False), torch.Generator().manual_seed(0)
-    x, prompt = torch.randn(3, 15, 4, 4, 6, generator=generator), torch.randn(3, 5, 16, generator=generator)
+    x, prompt = (
+        torch.randn(3, 15, 4, 4, 6, generator=generator),
+        torch.randn(3, 5, 16, generator=generator),
+    )
 
     def stream(rows):
         cache, out = make_cache(SMALL, CacheConfig(alpha=0.5), len(rows), (2, 3)), []
@@ -179,32 +252,56 @@ def test_batch_rows_are_independent():
 
     together = stream([0, 1, 2])
     for row in range(3):
-        assert relative_error(stream([row]), together[row:row + 1]) < 1e-5
+        assert relative_error(stream([row]), together[row : row + 1]) < 1e-5
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"sink": "moving"}, "sink: expected one of"), ({"window_frames": 3}, "window_frames: expected more than sink_frames=3, got 3"),
-    ({"alpha": 1.5}, "alpha: expected"), ({"sink_frames": -1}, "sink_frames"), ({"overflow": "drop"}, "overflow: expected one of"),
-    ({"positions": "absolute"}, "positions: expected one of"), ({"sink_dtype": "int8"}, "sink_dtype: expected one of"), ({"max_frames": 0}, "max_frames")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"sink": "moving"}, "sink: expected one of"),
+        ({"window_frames": 3}, "window_frames: expected more than sink_frames=3, got 3"),
+        ({"alpha": 1.5}, "alpha: expected"),
+        ({"sink_frames": -1}, "sink_frames"),
+        ({"overflow": "drop"}, "overflow: expected one of"),
+        ({"positions": "absolute"}, "positions: expected one of"),
+        ({"sink_dtype": "int8"}, "sink_dtype: expected one of"),
+        ({"max_frames": 0}, "max_frames"),
+    ],
+)
 def test_settings_that_clash_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         CacheConfig(**change)
 
 
 def test_calls_that_do_not_fit_are_refused():
-    net, cache = WanTransformer(SMALL).requires_grad_(False), make_cache(SMALL, CacheConfig(), 2, (2, 3))
-    call = lambda B=2, f=3, H=4: net(torch.zeros(B, f, 4, H, 6), torch.zeros(B), torch.zeros(B, 5, 16), cache=cache)
-    with pytest.raises(ValueError, match="cache: frames of the open block is 0, got a call with 3; call cache.open"):
+    net, cache = (
+        WanTransformer(SMALL).requires_grad_(False),
+        make_cache(SMALL, CacheConfig(), 2, (2, 3)),
+    )
+    call = lambda B=2, f=3, H=4: net(
+        torch.zeros(B, f, 4, H, 6), torch.zeros(B), torch.zeros(B, 5, 16), cache=cache
+    )
+    with pytest.raises(
+        ValueError, match="cache: frames of the open block is 0, got a call with 3; call cache.open"
+    ):
         call()
     cache.open(3)
-    for kwargs, message in (({"B": 1}, "cache: batch is 2, got a call with 1"), ({"f": 2}, "frames of the open block is 3, got a call with 2"),
-                            ({"H": 8}, r"cache: grid is \(2, 3\), got a call with \(4, 3\)")):
+    for kwargs, message in (
+        ({"B": 1}, "cache: batch is 2, got a call with 1"),
+        ({"f": 2}, "frames of the open block is 3, got a call with 2"),
+        ({"H": 8}, r"cache: grid is \(2, 3\), got a call with \(4, 3\)"),
+    ):
         with pytest.raises(ValueError, match=message):
             call(**kwargs)
-    with pytest.raises(ValueError, match=r"window_frames: expected at least sink_frames \+ the block = 3 \+ 7, got 9"):
+    with pytest.raises(
+        ValueError,
+        match=r"window_frames: expected at least sink_frames \+ the block = 3 \+ 7, got 9",
+    ):
         cache.open(7)
     full = make_cache(SMALL, CacheConfig(window_frames=None, max_frames=6), 1, (2, 3))
     full.open(3), full.open(3)
-    with pytest.raises(ValueError, match="max_frames: this cache holds 6 frames and lets none go, got 9"):
+    with pytest.raises(
+        ValueError, match="max_frames: this cache holds 6 frames and lets none go, got 9"
+    ):
         full.open(3)
-    assert type(full) is KVCache and full.length == 6                     # nothing was lost
+    assert type(full) is KVCache and full.length == 6  # nothing was lost

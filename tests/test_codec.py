@@ -1,13 +1,17 @@
 """The codecs: properties for any split into blocks, the shipped codec, the Wan VAE adapter, damaged files."""
+
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from streamr1_ref.codec import LatentCodec, PCACodec, WanVAECodec, fit_codec, load_codec, save_codec
-from streamr1_ref.conventions import data_path
-from streamr1_ref.teacher import tiny_codec
-from streamr1_ref.world import WorldConfig, all_captions, mixed_clips, sample_clips
+from streamr1_ref.ports import LatentCodec
+from streamr1_ref.tiny.codec import PCACodec, fit_codec, load_codec, save_codec
+from streamr1_ref.tiny.teacher import tiny_codec
+from streamr1_ref.tiny.world import WorldConfig, all_captions, mixed_clips, sample_clips
+from streamr1_ref.utils.files import data_path
+from streamr1_ref.wan.vae import WanVAECodec
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +23,31 @@ def codec():
 def vae():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.5, -0.5, 0.0, 0.1],
-                                latents_std=[1.0, 2.0, 3.0, 0.5]).eval().requires_grad_(False)
+        return (
+            AutoencoderKLWan(
+                base_dim=8,
+                z_dim=4,
+                dim_mult=[1, 1, 1, 1],
+                num_res_blocks=1,
+                latents_mean=[0.5, -0.5, 0.0, 0.1],
+                latents_std=[1.0, 2.0, 3.0, 0.5],
+            )
+            .eval()
+            .requires_grad_(False)
+        )
 
 
 def blocks_of(total):
     """Ways to write `total` as a sum of positive block lengths."""
     return st.lists(st.booleans(), min_size=total - 1, max_size=total - 1).map(
-        lambda cuts: [b - a for a, b in zip([0, *[i + 1 for i, c in enumerate(cuts) if c]], [*[i + 1 for i, c in enumerate(cuts) if c], total])])
+        lambda cuts: [
+            b - a
+            for a, b in zip(
+                [0, *[i + 1 for i, c in enumerate(cuts) if c]],
+                [*[i + 1 for i, c in enumerate(cuts) if c], total],
+            )
+        ]
+    )
 
 
 def test_shipped_codec_is_what_the_command_makes(codec):
@@ -40,7 +61,9 @@ def test_shipped_codec_is_what_the_command_makes(codec):
 def test_pca_stream_is_bit_exact_for_any_split(codec, sizes, batch):
     latents = torch.randn(batch, 6, 16, 4, 6, generator=torch.Generator().manual_seed(sum(sizes)))
     decode = codec.stream_decoder()
-    assert torch.equal(torch.cat([decode(b) for b in latents.split(sizes, 1)], 1), codec.decode(latents))
+    assert torch.equal(
+        torch.cat([decode(b) for b in latents.split(sizes, 1)], 1), codec.decode(latents)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -51,7 +74,9 @@ def test_exact_on_the_subspace(channels, patch, stride, dtype, generator):
     codec.tensors = {k: v.to(dtype) for k, v in codec.tensors.items()}
     latents = torch.randn(2, 3, channels, 5, 4, generator=generator, dtype=dtype)
     error = (codec.encode(codec.decode(latents)) - latents).abs().max()
-    assert error < (2e-4 if dtype == torch.float32 else 5e-6)      # float64 latents, but a basis that was rounded to float32
+    assert error < (
+        2e-4 if dtype == torch.float32 else 5e-6
+    )  # float64 latents, but a basis that was rounded to float32
     assert isinstance(codec, LatentCodec)
 
 
@@ -59,7 +84,9 @@ def test_projection_never_gains_energy(codec, generator):
     pixels, _ = mixed_clips(all_captions()[:16], generator)
     through = codec.decode(codec.encode(pixels))
     noisy = pixels + 0.1 * torch.randn(pixels.shape, generator=generator)
-    assert ((codec.decode(codec.encode(noisy)) - through).square().sum() < (noisy - pixels).square().sum())
+    assert (codec.decode(codec.encode(noisy)) - through).square().sum() < (
+        noisy - pixels
+    ).square().sum()
 
 
 @settings(max_examples=8, deadline=None)
@@ -67,10 +94,14 @@ def test_projection_never_gains_energy(codec, generator):
 def test_wan_stream_equals_the_librarys_decode(vae, sizes):
     codec = WanVAECodec(vae)
     latents = torch.randn(1, 4, 4, 2, 3, generator=torch.Generator().manual_seed(1))
-    z = latents.transpose(1, 2) * torch.tensor(vae.config.latents_std).view(4, 1, 1, 1) + torch.tensor(vae.config.latents_mean).view(4, 1, 1, 1)
+    z = latents.transpose(1, 2) * torch.tensor(vae.config.latents_std).view(
+        4, 1, 1, 1
+    ) + torch.tensor(vae.config.latents_mean).view(4, 1, 1, 1)
     whole = (vae.decode(z).sample.transpose(1, 2) + 1) / 2
     decode = codec.stream_decoder()
-    assert torch.allclose(torch.cat([decode(b) for b in latents.split(sizes, 1)], 1), whole, atol=1e-5)
+    assert torch.allclose(
+        torch.cat([decode(b) for b in latents.split(sizes, 1)], 1), whole, atol=1e-5
+    )
 
 
 def test_wan_gradients_reach_pixels_and_latents(vae, generator):
@@ -88,9 +119,17 @@ def test_wan_first_frame_alone(vae, generator):
     assert codec.decode(codec.encode(video[:, :1])).shape == (1, 1, 3, 16, 16)
 
 
-@pytest.mark.parametrize("wrong,say", [
-    (torch.zeros(1, 5, 3, 8, 10), "multiples of 4, got 8x10"), (torch.zeros(1, 4, 3, 8, 8), "got T=4"), (torch.zeros(1, 0, 3, 8, 8), "got T=0"),
-    (torch.zeros(5, 3, 8, 8), "expected 5 axes"), (torch.zeros(1, 3, 5, 8, 8), "expected C=3"), (torch.zeros(1, 5, 3, 8, 8).int(), "torch.int32")])
+@pytest.mark.parametrize(
+    "wrong,say",
+    [
+        (torch.zeros(1, 5, 3, 8, 10), "multiples of 4, got 8x10"),
+        (torch.zeros(1, 4, 3, 8, 8), "got T=4"),
+        (torch.zeros(1, 0, 3, 8, 8), "got T=0"),
+        (torch.zeros(5, 3, 8, 8), "expected 5 axes"),
+        (torch.zeros(1, 3, 5, 8, 8), "expected C=3"),
+        (torch.zeros(1, 5, 3, 8, 8).int(), "torch.int32"),
+    ],
+)
 def test_encode_refuses(codec, wrong, say):
     with pytest.raises((ValueError, TypeError), match="pixels: ") as error:
         codec.encode(wrong)

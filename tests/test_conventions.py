@@ -1,4 +1,5 @@
 """What a reader of the conventions notebook need not see."""
+
 import os
 import signal
 import subprocess
@@ -8,11 +9,14 @@ import pytest
 import torch
 
 from streamr1_ref import conventions
-from streamr1_ref.conventions import explore, load_tensors, progress, save_tensors
+from streamr1_ref.utils.files import load_tensors, save_tensors
+from streamr1_ref.utils.runtime import progress
+from streamr1_ref.utils.widgets import explore
 
 
 def test_explore_shows_a_widget_in_a_live_session(monkeypatch):
     import ipywidgets
+
     shown, drawn = [], []
     monkeypatch.delenv("STREAMR1_STATIC", raising=False)
     monkeypatch.setattr(conventions, "display", shown.append)
@@ -51,7 +55,7 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path):
     assert done.returncode == -signal.SIGKILL
     values = load_tensors(path)[0]["w"]
     assert len(values) == 200_000 and (values == 0).all()
-    save_tensors(path, {"w": torch.ones(3)})                     # what it left behind is in nobody's way
+    save_tensors(path, {"w": torch.ones(3)})  # what it left behind is in nobody's way
     assert (load_tensors(path)[0]["w"] == 1).all()
 
 

@@ -1,4 +1,5 @@
 """`streamr1 download` against a small imitation of the hub: what is asked for, a dropped connection, the second attempt."""
+
 import hashlib
 import json
 import os
@@ -11,25 +12,39 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 BYTES = random.Random(0).randbytes
-FILES = {"a.safetensors": BYTES(3_000), "b.safetensors": BYTES(5_000), "README.md": b"not asked for"}
+FILES = {
+    "a.safetensors": BYTES(3_000),
+    "b.safetensors": BYTES(5_000),
+    "README.md": b"not asked for",
+}
 COMMIT = "a" * 40
 
 
 class Hub(BaseHTTPRequestHandler):
     """The routes of huggingface.co that a snapshot needs; drops the connection in the middle of b.safetensors while `server.breaks`."""
-    def log_message(self, *args): pass
 
-    def do_HEAD(self): self.answer(body=False)
+    def log_message(self, *args):
+        pass
 
-    def do_GET(self): self.answer(body=True)
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
 
     def answer(self, body):
         path = self.path.split("?")[0]
         self.server.seen.append((self.command, path))
         if path.startswith("/api/models/"):
             about = {"id": "x/y", "sha": COMMIT, "siblings": [{"rfilename": n} for n in FILES]}
-            tree = [{"type": "file", "path": n, "size": len(d), "oid": hashlib.sha1(d).hexdigest()} for n, d in FILES.items()]
-            data, headers = json.dumps(tree if "/tree/" in path else about).encode(), {"Content-Type": "application/json"}
+            tree = [
+                {"type": "file", "path": n, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
+                for n, d in FILES.items()
+            ]
+            data, headers = (
+                json.dumps(tree if "/tree/" in path else about).encode(),
+                {"Content-Type": "application/json"},
+            )
         else:
             data = FILES[path.split(f"/resolve/{COMMIT}/")[1]]
             headers = {"ETag": hashlib.sha1(data).hexdigest(), "X-Repo-Commit": COMMIT}
@@ -38,7 +53,9 @@ class Hub(BaseHTTPRequestHandler):
             self.send_header(name, str(value))
         self.end_headers()
         if body:
-            self.wfile.write(data[:2_000] if self.server.breaks and path.endswith("b.safetensors") else data)
+            self.wfile.write(
+                data[:2_000] if self.server.breaks and path.endswith("b.safetensors") else data
+            )
 
 
 @pytest.fixture
@@ -50,24 +67,55 @@ def hub():
     server.shutdown()
 
 
-def test_a_dropped_connection_ends_with_one_line_and_the_second_attempt_fetches_the_rest(hub, tmp_path):
+def test_a_dropped_connection_ends_with_one_line_and_the_second_attempt_fetches_the_rest(
+    hub, tmp_path
+):
     env = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    env |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "*"}
-    command = [sys.executable, "-m", "streamr1_ref.cli", "download", "qwen2-vl", "--folder", str(tmp_path)]
-    run = lambda *more: subprocess.run([*command, *more], env=env, capture_output=True, text=True, timeout=120)
-    sizes = lambda: {p.name: p.stat().st_size for p in (tmp_path / "qwen2-vl").glob("*.*") if p.is_file()}
+    env |= {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "*",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "streamr1_ref.cli",
+        "download",
+        "qwen2-vl",
+        "--folder",
+        str(tmp_path),
+    ]
+    run = lambda *more: subprocess.run(
+        [*command, *more], env=env, capture_output=True, text=True, timeout=120
+    )
+    sizes = lambda: {
+        p.name: p.stat().st_size for p in (tmp_path / "qwen2-vl").glob("*.*") if p.is_file()
+    }
 
     planned = run("--dry-run")
-    assert planned.returncode == 0 and "in 2 files, 0.00 GB to fetch" in planned.stdout and sizes() == {}, planned.stderr
+    assert (
+        planned.returncode == 0
+        and "in 2 files, 0.00 GB to fetch" in planned.stdout
+        and sizes() == {}
+    ), planned.stderr
 
     broken = run()
     assert broken.returncode == 2 and "Traceback" not in broken.stderr
-    assert "streamr1: download: Qwen/Qwen2-VL-2B-Instruct could not be fetched" in broken.stderr and "finished files stay, so run it again" in broken.stderr
-    assert sizes() == {"a.safetensors": 3_000}                               # b is not there in half
+    assert (
+        "streamr1: download: Qwen/Qwen2-VL-2B-Instruct could not be fetched" in broken.stderr
+        and "finished files stay, so run it again" in broken.stderr
+    )
+    assert sizes() == {"a.safetensors": 3_000}  # b is not there in half
 
     hub.breaks = False
     hub.seen.clear()
     done = run()
-    assert done.returncode == 0 and sizes() == {"a.safetensors": 3_000, "b.safetensors": 5_000}, done.stderr
+    assert done.returncode == 0 and sizes() == {"a.safetensors": 3_000, "b.safetensors": 5_000}, (
+        done.stderr
+    )
     assert (tmp_path / "qwen2-vl" / "b.safetensors").read_bytes() == FILES["b.safetensors"]
-    assert not any("a.safetensors" in path or "README" in path for method, path in hub.seen if method == "GET")
+    assert not any(
+        "a.safetensors" in path or "README" in path for method, path in hub.seen if method == "GET"
+    )

@@ -1,4 +1,5 @@
 """The errata page (nbs/errata.ipynb): numbers and references, and what no chapter shows of it."""
+
 import ast
 import re
 from dataclasses import replace
@@ -8,23 +9,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative_error
-from notebooks import NBS, ROOT, notebooks
 
+from notebooks import NBS, ROOT, notebooks
 from streamr1_ref.cache import CacheConfig, make_cache
-from streamr1_ref.codec import load_codec
-from streamr1_ref.conventions import data_path
-from streamr1_ref.dmd import Lab, Mixture, guided, score_timesteps
+from streamr1_ref.dmd import guided, score_timesteps
 from streamr1_ref.flow import FlowSchedule, apply_guidance
-from streamr1_ref.fullscale import SMALL as SMALL_SIZES
-from streamr1_ref.fullscale import random_reward
-from streamr1_ref.objective import (METHODS, Distillation, Distiller, Weighting, judge_rollouts,
-                                    tiny_models)
+from streamr1_ref.objective import METHODS, Distillation, Distiller, Weighting, judge_rollouts
 from streamr1_ref.reliability import rollout_weight
-from streamr1_ref.reward import load_reward
-from streamr1_ref.rollout import StreamSampler, denoise_block, ode_path, remember
+from streamr1_ref.rollout import StreamSampler, denoise_block, remember
 from streamr1_ref.saliency import patch_saliency, pixel_saliency, pool_to_latent
-from streamr1_ref.teacher import load_teacher, seeded
+from streamr1_ref.tiny.codec import load_codec
+from streamr1_ref.tiny.models import tiny_models
+from streamr1_ref.tiny.plane import Lab, Mixture
+from streamr1_ref.tiny.reward import load_reward
+from streamr1_ref.tiny.student import ode_path
+from streamr1_ref.tiny.teacher import load_teacher
 from streamr1_ref.transformer import WanConfig, WanTransformer
+from streamr1_ref.utils.files import data_path
+from streamr1_ref.utils.runtime import seeded
+from streamr1_ref.wan.build import SMALL as SMALL_SIZES
+from streamr1_ref.wan.build import random_reward
 
 PAGE = NBS / "errata.ipynb"
 HEADING = re.compile(r"^## (\d+)\. (.+)$", re.M)
@@ -32,8 +36,17 @@ LINK = re.compile(r"\[(\w+), ([^\]]+)\]\((\w+)\.ipynb#([^)\s]+)\)")
 TEST = re.compile(r"`tests/(\w+\.py)::(\w+)`")
 CITED = re.compile(r"[Ee]rrat(?:um|a)\b[^\d\n]{0,45}?(\d+)((?:(?:,| and|, and) \d+)*)")
 TO_COME = "(test: to come)"
-SMALL = WanConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, in_channels=4, out_channels=4,
-                  text_dim=16, freq_dim=32, latent_size=(4, 6))
+SMALL = WanConfig(
+    dim=48,
+    ffn_dim=96,
+    num_heads=2,
+    num_layers=2,
+    in_channels=4,
+    out_channels=4,
+    text_dim=16,
+    freq_dim=32,
+    latent_size=(4, 6),
+)
 PROMPTS = ["a red 3 moving left", "a cyan 0 moving up"]
 
 
@@ -41,7 +54,7 @@ def entries(page: str) -> list[tuple[int, str, str]]:
     """(number, title, text) of every erratum on a page."""
     found = list(HEADING.finditer(page))
     ends = [m.start() for m in found[1:]] + [len(page)]
-    return [(int(m[1]), m[2].strip(), page[m.end():end]) for m, end in zip(found, ends)]
+    return [(int(m[1]), m[2].strip(), page[m.end() : end]) for m, end in zip(found, ends)]
 
 
 def headings(notebook: str) -> set[str]:
@@ -73,8 +86,9 @@ def complaints(page: str) -> list[str]:
         if not re.search(r"^\*(Run|Read|Computed)", text.strip()):
             wrong.append(f"{n}: does not begin with *Run*, *Read* or *Computed*")
         shown = text.partition("**Shown.**")[2]
-        if not (LINK.search(shown) or TEST.search(shown)
-                or TO_COME in shown or "Not shown" in shown):
+        if not (
+            LINK.search(shown) or TEST.search(shown) or TO_COME in shown or "Not shown" in shown
+        ):
             wrong.append(f"{n}: shown nowhere")
         for _, heading, notebook, anchor in LINK.findall(text):
             if heading not in headings(notebook) or anchor != heading.replace(" ", "-"):
@@ -85,8 +99,11 @@ def complaints(page: str) -> list[str]:
         links = len(re.findall(r"\.ipynb", text)), len(LINK.findall(text))
         if links[0] != links[1]:
             wrong.append(f"{n}: {links[0]} notebooks, but {links[1]} links of the agreed form")
-        wrong += [f"{n}: no test {file}::{name}" for file, name in TEST.findall(text)
-                  if name not in functions(file)]
+        wrong += [
+            f"{n}: no test {file}::{name}"
+            for file, name in TEST.findall(text)
+            if name not in functions(file)
+        ]
         if text.count("tests/test_") != len(TEST.findall(text)):
             wrong.append(f"{n}: a test that is not cited as `tests/FILE.py::NAME`")
     return wrong
@@ -112,8 +129,12 @@ def test_no_entry_waits_for_its_test():
 
 def test_cited_numbers_are_on_the_page():
     known, seen = {n for n, _, _ in entries(page())}, set()
-    texts = {p.name: p.read_text(encoding="utf-8") for folder in ("tests", "streamr1_ref")
-             for p in (ROOT / folder).glob("*.py") if p.name != "test_errata.py"}
+    texts = {
+        p.name: p.read_text(encoding="utf-8")
+        for folder in ("tests", "streamr1_ref")
+        for p in (ROOT / folder).glob("*.py")
+        if p.name != "test_errata.py"
+    }
     for path in notebooks():
         if path != PAGE:
             cells = nbformat.read(path, as_version=4).cells
@@ -121,7 +142,7 @@ def test_cited_numbers_are_on_the_page():
     for name, text in texts.items():
         assert cited(text) <= known, f"{name} cites {sorted(cited(text) - known)}"
         seen |= cited(text)
-    assert {1, 13, 15} <= seen                             # else the citations were not found
+    assert {1, 13, 15} <= seen  # else the citations were not found
 
 
 SINK = "A trap: in bfloat16 the sink stands still"
@@ -133,12 +154,22 @@ GOOD = f"""| 1 | First |
 """
 
 
-@pytest.mark.parametrize("old, new, says", [
-    ("## 1.", "## 2.", "numbers"), ("| 1 | First", "| 1 | Second", "list at the top"),
-    ("**Here.**", "", "Here."), ("*Run.*", "", "begin with"), ("still]", "moves]", "no heading"),
-    ("#A-trap", "#a-trap", "no heading"), ("05_sink_cache.", "05_sink.", "no heading"),
-    ("::test_numbers", "::test_no", "no test"), ("test_errata.py:", "test_er.py:", "no test"),
-    ("`tests", "tests", "not cited as"), ("[05, A", "[A", "agreed form")])
+@pytest.mark.parametrize(
+    "old, new, says",
+    [
+        ("## 1.", "## 2.", "numbers"),
+        ("| 1 | First", "| 1 | Second", "list at the top"),
+        ("**Here.**", "", "Here."),
+        ("*Run.*", "", "begin with"),
+        ("still]", "moves]", "no heading"),
+        ("#A-trap", "#a-trap", "no heading"),
+        ("05_sink_cache.", "05_sink.", "no heading"),
+        ("::test_numbers", "::test_no", "no test"),
+        ("test_errata.py:", "test_er.py:", "no test"),
+        ("`tests", "tests", "not cited as"),
+        ("[05, A", "[A", "agreed form"),
+    ],
+)
 def test_a_wrong_page_is_seen(old, new, says):
     assert complaints(GOOD) == [] and old in GOOD
     assert any(says in text for text in complaints(GOOD.replace(old, new)))
@@ -165,7 +196,7 @@ def test_positions_do_not_depend_on_the_length_of_a_stream():
         cache.open(3)
         tables.append((cache.query_table.clone(), cache.key_table.clone()))
     assert all(torch.equal(a, b) for a, b in zip(tables[3], tables[-1]))
-    assert not torch.equal(tables[1][0], tables[3][0])      # while the window fills, they move
+    assert not torch.equal(tables[1][0], tables[3][0])  # while the window fills, they move
 
 
 def test_a_positive_weight_keeps_the_fixed_point():
@@ -182,6 +213,7 @@ def test_a_positive_weight_keeps_the_fixed_point():
 
 class Counted(torch.nn.Module):
     """A reward model that counts its forward passes and the clips in them."""
+
     def __init__(self, model):
         super().__init__()
         self.model, self.axes, self.batches = model, model.axes, []
@@ -199,9 +231,9 @@ def test_one_forward_pass_gives_scores_and_saliency_of_all_clips():
     both = judge_rollouts(counted, codec, latents, PROMPTS, Weighting())
     assert counted.batches == [2]
     for i in range(2):
-        alone = judge_rollouts(counted, codec, latents[i:i + 1], PROMPTS[i:i + 1], Weighting())
-        assert torch.allclose(alone.reward, both.reward[i:i + 1], atol=1e-4)
-        assert torch.allclose(alone.intra_weight, both.intra_weight[i:i + 1], atol=1e-3)
+        alone = judge_rollouts(counted, codec, latents[i : i + 1], PROMPTS[i : i + 1], Weighting())
+        assert torch.allclose(alone.reward, both.reward[i : i + 1], atol=1e-4)
+        assert torch.allclose(alone.intra_weight, both.intra_weight[i : i + 1], atol=1e-3)
     assert (both.reward[0] - both.reward[1]).abs() > 0.01
 
 
@@ -212,7 +244,7 @@ def test_saliency_is_per_pixel_where_the_published_one_is_per_patch():
     assert all(m.shape == (1, 9, 32, 32) for m in maps.values())
     inside = maps["VQ"][0, 5, :4, :4]
     assert inside.max() > 1.05 * inside.min()
-    gradient = torch.randn(1, 1176, generator=seeded(1))     # 3 colours x 2 frames x 14 x 14 pixels
+    gradient = torch.randn(1, 1176, generator=seeded(1))  # 3 colours x 2 frames x 14 x 14 pixels
     shuffled = gradient[:, torch.randperm(1176, generator=seeded(2))]
     maps = [patch_saliency(g, (1, 1, 1)) for g in (gradient, shuffled)]
     assert maps[0].numel() == 1 and torch.allclose(*maps)
@@ -220,10 +252,12 @@ def test_saliency_is_per_pixel_where_the_published_one_is_per_patch():
 
 def test_a_step_decodes_once_and_encodes_nothing():
     """Erratum 9."""
+
     class Codec:
         calls = []
 
-        def __init__(self, codec): self.codec = codec
+        def __init__(self, codec):
+            self.codec = codec
 
         def __getattr__(self, name):
             if name in ("encode", "decode"):
@@ -231,8 +265,12 @@ def test_a_step_decodes_once_and_encodes_nothing():
             return getattr(self.codec, name)
 
     models = tiny_models()
-    run = Distiller(replace(models, codec=Codec(models.codec)), PROMPTS, METHODS["Stream-R1"],
-                    Distillation(batch=1, frames=3, critic_steps=1))
+    run = Distiller(
+        replace(models, codec=Codec(models.codec)),
+        PROMPTS,
+        METHODS["Stream-R1"],
+        Distillation(batch=1, frames=3, critic_steps=1),
+    )
     assert "skipped" not in run.step() and Codec.calls == ["decode"]
 
 
@@ -275,7 +313,8 @@ def test_only_grids_with_the_students_steps_are_taken():
     """Erratum 18: of 1 to 60 Euler steps, those that are multiples of 4."""
     teacher, good = load_teacher(), []
     teacher.sample = lambda prompts, generator, num_steps, scale, on_step: [
-        on_step(i, torch.zeros(1)) for i in range(num_steps + 1)]
+        on_step(i, torch.zeros(1)) for i in range(num_steps + 1)
+    ]
     for n in range(1, 61):
         try:
             ode_path(teacher, PROMPTS, seeded(0), num_steps=n)
@@ -315,7 +354,7 @@ def test_a_new_prompt_is_remembered_block_by_block():
     for block in blocks:
         causal.open(3)
         remember(net, block, new, causal, schedule)
-    keys = lambda cache: cache.store[0, 1, :, :cache.length]       # of the second layer
+    keys = lambda cache: cache.store[0, 1, :, : cache.length]  # of the second layer
     assert torch.equal(keys(stream.cache), keys(causal))
     at_once = make_cache(SMALL, CacheConfig(sink="none"), 1, (2, 3))
     at_once.open(9)
@@ -344,6 +383,7 @@ def test_bicubic_resizing_overshoots():
 def layer_calls(training: bool) -> int:
     """Forward calls of a layer in one forward and backward pass, checkpointing switched on."""
     from transformers import Qwen2Config, Qwen2Model
+
     sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     model = Qwen2Model(Qwen2Config(**sizes, num_key_value_heads=2, vocab_size=8)).train(training)
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -361,8 +401,12 @@ def test_eval_switches_activation_checkpointing_off():
 
 def test_the_balance_window_gets_one_row_a_step():
     """Erratum 32: whatever the number of micro-batches, with the mean over all of them."""
-    run = Distiller(tiny_models(), PROMPTS, METHODS["Stream-R1"],
-                    Distillation(batch=1, micro_batches=3, frames=3, critic_steps=0))
+    run = Distiller(
+        tiny_models(),
+        PROMPTS,
+        METHODS["Stream-R1"],
+        Distillation(batch=1, micro_batches=3, frames=3, critic_steps=0),
+    )
     record = run.step()
     assert len(run.balance.history) == 1
     means = [record[axis] for axis in ("VQ", "MQ", "TA")]
@@ -383,9 +427,10 @@ def test_seed_0_is_a_seed():
 def test_trilinear_pooling_moves_saliency_to_other_frames():
     """Erratum 36: causal pooling keeps a latent frame's saliency there, trilinear a part of it."""
     spot = torch.zeros(1, 33, 32, 32)
-    spot[0, 5:9, 8:12, 20:24] = 1                      # the four video frames of latent frame 2
-    causal, stretched = (pool_to_latent(spot, (9, 8, 8), causal=c)[0].sum((1, 2))
-                         for c in (True, False))
+    spot[0, 5:9, 8:12, 20:24] = 1  # the four video frames of latent frame 2
+    causal, stretched = (
+        pool_to_latent(spot, (9, 8, 8), causal=c)[0].sum((1, 2)) for c in (True, False)
+    )
     assert causal.nonzero().flatten().tolist() == [2]
     assert stretched[2] < 0.7 * stretched.sum()
 

@@ -1,18 +1,36 @@
 """The exact teacher against lists of all clips, and a training on it that is stopped."""
+
 import math
 
 import pytest
 import torch
 
-from streamr1_ref.better_teacher import (Muon, ScoreTrainer, ScoreTraining, load_next,
-                                         orthogonalise, save_next, score_batch, train_on_score)
-from streamr1_ref.codec import fit_codec, load_codec
-from streamr1_ref.conventions import data_path, load_tensors
-from streamr1_ref.exact import (ExactScore, ExactTeacher, GridWorld, Motion, Tilt, grid_clips,
-                                mixture_mean, place_clips)
-from streamr1_ref.teacher import TinyTeacher, seeded
+from streamr1_ref.tiny.better_teacher import (
+    Muon,
+    ScoreTrainer,
+    ScoreTraining,
+    orthogonalise,
+    save_next,
+    score_batch,
+    train_on_score,
+)
+from streamr1_ref.tiny.codec import fit_codec, load_codec
+from streamr1_ref.tiny.exact import (
+    ExactScore,
+    ExactTeacher,
+    GridWorld,
+    Motion,
+    Tilt,
+    grid_clips,
+    load_next,
+    mixture_mean,
+    place_clips,
+)
+from streamr1_ref.tiny.teacher import TinyTeacher
+from streamr1_ref.tiny.world import all_captions, caption_split, parse_caption
 from streamr1_ref.transformer import WanConfig
-from streamr1_ref.world import all_captions, caption_split, parse_caption
+from streamr1_ref.utils.files import data_path, load_tensors
+from streamr1_ref.utils.runtime import seeded
 
 SMALL = GridWorld(canvas=24, digit_size=16, num_frames=5)
 
@@ -30,8 +48,10 @@ def listed(codec, caption, glyphs, world):
     if not Motion.of(caption).vertical:
         starts = starts.flip(1)
     captions = [caption] * len(starts)
-    clips = [codec.encode(place_clips(captions, g.expand(len(starts), 8, 8), starts, world))
-             for g in glyphs]
+    clips = [
+        codec.encode(place_clips(captions, g.expand(len(starts), 8, 8), starts, world))
+        for g in glyphs
+    ]
     return torch.stack([z.flatten(1) for z in clips]).double()
 
 
@@ -51,8 +71,9 @@ def test_every_motion_equals_brute_force(small_codec, direction, speed):
         gap = logits - fast
         assert (gap - gap.mean()).abs().max() < 1e-3 * max(1, logits.abs().max().item() / 1e3)
         mean = logits.flatten().softmax(0) @ clips.flatten(0, 1)
-        assert ((score.denoise(x.view(2, 6, 6, 6), sigma, caption, rows).flatten() - mean).norm()
-                < 1e-5 * mean.norm())
+        assert (
+            score.denoise(x.view(2, 6, 6, 6), sigma, caption, rows).flatten() - mean
+        ).norm() < 1e-5 * mean.norm()
 
 
 def test_float32_is_enough():
@@ -79,7 +100,7 @@ def test_tilts_reweight_the_list(small_codec):
     tilted = ExactScore(small_codec, SMALL, tilt=tilt, dtype=torch.float64)
     x = torch.randn(2, 6, 6, 6, generator=number, dtype=torch.float64)
     rows = plain.rows(captions[0])
-    starts = position.T.flatten()           # horizontal motion: x is the moving axis
+    starts = position.T.flatten()  # horizontal motion: x is the moving axis
     parts = []
     for caption, colour in zip(captions, (1.0, -0.5)):
         logits = plain.log_weights(x, 0.95, caption, rows) + starts + glyph[rows, None]
@@ -122,8 +143,9 @@ def test_a_stopped_training_ends_with_the_same_bits(small_codec, tmp_path):
     train_on_score(trainer(), tmp_path / "whole", 6)
     for until in (2, 4, 6):
         train_on_score(trainer(), tmp_path / "parts", until)
-    a, b = (load_tensors(tmp_path / name / "checkpoint.safetensors")[0]
-            for name in ("whole", "parts"))
+    a, b = (
+        load_tensors(tmp_path / name / "checkpoint.safetensors")[0] for name in ("whole", "parts")
+    )
     assert set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
     logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("whole", "parts")]
     assert logs[0] == logs[1] and len(logs[0].splitlines()) == 3
@@ -134,8 +156,14 @@ def test_a_stopped_training_ends_with_the_same_bits(small_codec, tmp_path):
 
 def net_for(codec):
     """The small network for the channels of `codec`."""
-    return WanConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=1, in_channels=codec.channels,
-                     out_channels=codec.channels)
+    return WanConfig(
+        dim=24,
+        ffn_dim=48,
+        num_heads=2,
+        num_layers=1,
+        in_channels=codec.channels,
+        out_channels=codec.channels,
+    )
 
 
 def test_saved_weights_come_back(small_codec, tmp_path):
@@ -167,7 +195,7 @@ def test_orthogonal_updates():
     p = torch.nn.Parameter(torch.zeros(8, 8))
     p.grad = torch.randn(8, 8, generator=number)
     Muon([p], lr=0.1).step()
-    assert 0.01 < p.detach().square().mean().sqrt() < 0.03      # 0.2 x the learning rate
+    assert 0.01 < p.detach().square().mean().sqrt() < 0.03  # 0.2 x the learning rate
 
 
 def test_shipped_teacher_fits_its_limits():

@@ -1,22 +1,37 @@
 """Agreement with the published schedule and with diffusers, and round trips for any input."""
+
 import pytest
 import torch
 from conftest import relative_error
 from diffusers import FlowMatchEulerDiscreteScheduler
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from streamr1_ref.flow import FlowSchedule, euler_sample, flow_to_x0, mix_noise, shift_sigma, x0_to_flow
+from streamr1_ref.flow import (
+    FlowSchedule,
+    euler_sample,
+    flow_to_x0,
+    mix_noise,
+    shift_sigma,
+    x0_to_flow,
+)
 
 
 def test_golden_schedule(golden):
     g, config = golden("schedule")
     schedule = FlowSchedule(config["shift"], config["num_train_timesteps"])
     t = g["t"]
-    ours = {"sigmas": schedule.sigmas, "timesteps": schedule.timesteps, "training_weights": schedule.training_weights,
-            "t_score": schedule.score_timestep(g["t_uniform"]),
-            "noisy": schedule.add_noise(g["clean"], g["noise"], t),
-            "x0_from_flow": schedule.x0_from_flow(g["noise"] - g["clean"], g["noisy"], t),
-            "warp_1": schedule.warp([1000]), "warp_2": schedule.warp([1000, 500]), "warp_4": schedule.warp([1000, 750, 500, 250])}
+    ours = {
+        "sigmas": schedule.sigmas,
+        "timesteps": schedule.timesteps,
+        "training_weights": schedule.training_weights,
+        "t_score": schedule.score_timestep(g["t_uniform"]),
+        "noisy": schedule.add_noise(g["clean"], g["noise"], t),
+        "x0_from_flow": schedule.x0_from_flow(g["noise"] - g["clean"], g["noisy"], t),
+        "warp_1": schedule.warp([1000]),
+        "warp_2": schedule.warp([1000, 500]),
+        "warp_4": schedule.warp([1000, 750, 500, 250]),
+    }
     for name, value in ours.items():
         assert value.shape == g[name].shape and relative_error(value, g[name]) < 1e-6, name
 
@@ -35,12 +50,17 @@ def test_one_sampler_is_diffusers_sampler(shift, steps, generator):
     library.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
     schedule = FlowSchedule(shift)
     assert torch.allclose(schedule.sampling_sigmas(steps), library.sigmas, atol=1e-6)
-    noise, weight = torch.randn(1, 2, 3, 4, 4, generator=generator), torch.randn(4, 4, generator=generator) / 4
+    noise, weight = (
+        torch.randn(1, 2, 3, 4, 4, generator=generator),
+        torch.randn(4, 4, generator=generator) / 4,
+    )
     net = lambda x, t, p: torch.tanh(x @ weight) + t.view(-1, 1, 1, 1, 1) / 1000
     x = noise
     for t in library.timesteps:
         x = library.step(net(x, t[None], None), t, x).prev_sample
-    assert relative_error(euler_sample(net, noise, None, schedule=schedule, num_steps=steps), x) < 1e-5
+    assert (
+        relative_error(euler_sample(net, noise, None, schedule=schedule, num_steps=steps), x) < 1e-5
+    )
 
 
 levels = st.floats(0.015625, 1, width=32)
@@ -49,7 +69,9 @@ levels = st.floats(0.015625, 1, width=32)
 @settings(deadline=None)
 @given(levels, st.integers(0, 2**31))
 def test_round_trips(level, seed):
-    x0, noise = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x0, noise = torch.randn(
+        2, 2, 3, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     sigma = torch.tensor([level, 1.0], dtype=torch.float64)
     x_t = mix_noise(x0, noise, sigma)
     assert torch.allclose(x0_to_flow(x0, x_t, sigma), noise - x0, atol=1e-9)

@@ -1,4 +1,5 @@
 """Notebooks are the source: exported, clean, executed, quiet, taught; and README.md is the index notebook."""
+
 import ast
 import filecmp
 import os
@@ -10,11 +11,23 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from notebooks import (NBS, ROOT, execute, fingerprint, is_test_of, notebooks, output_kinds, parsed,
-                       problems, readme, teaching)
+
+from notebooks import (
+    NBS,
+    ROOT,
+    execute,
+    fingerprint,
+    is_test_of,
+    notebooks,
+    output_kinds,
+    parsed,
+    problems,
+    readme,
+    teaching,
+)
 
 ALL = notebooks()
-REFERENCE = "A reference page"                     # how a notebook says that it is no chapter
+REFERENCE = "A reference page"  # how a notebook says that it is no chapter
 CHAPTERS = [p for p in ALL if p.name[:1].isdigit()]
 by_name = pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)
 
@@ -25,17 +38,31 @@ def nbdev_copy(tmp_path, command, spoil):
     Else a command that does nothing would leave what it should have written.
     """
     for name in ("nbs", "streamr1_ref"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        shutil.copytree(
+            ROOT / name,
+            tmp_path / name,
+            ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"),
+        )
     for name in ("settings.ini", "setup.py", "README.md"):
         shutil.copy(ROOT / name, tmp_path / name)
     spoil(tmp_path)
-    subprocess.run([str(Path(sys.executable).parent / command)], cwd=tmp_path, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": ""})
+    subprocess.run(
+        [str(Path(sys.executable).parent / command)],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": ""},
+    )
     return tmp_path
 
 
 def differences(a: Path, b: Path, pattern: str) -> list[str]:
     names = {p.name for p in a.glob(pattern)} | {p.name for p in b.glob(pattern)}
-    return sorted(n for n in names if not ((a / n).exists() and (b / n).exists() and filecmp.cmp(a / n, b / n, shallow=False)))
+    return sorted(
+        n
+        for n in names
+        if not ((a / n).exists() and (b / n).exists() and filecmp.cmp(a / n, b / n, shallow=False))
+    )
 
 
 def test_package_is_what_the_notebooks_export(tmp_path):
@@ -44,7 +71,9 @@ def test_package_is_what_the_notebooks_export(tmp_path):
             path.unlink()
 
     copy = nbdev_copy(tmp_path, "nbdev_export", remove_the_package)
-    assert differences(copy / "streamr1_ref", ROOT / "streamr1_ref", "*.py") == [], "run: make export"
+    assert differences(copy / "streamr1_ref", ROOT / "streamr1_ref", "*.py") == [], (
+        "run: make export"
+    )
 
 
 def test_notebooks_are_clean(tmp_path):
@@ -68,11 +97,17 @@ def test_outputs_are_in_order_and_quiet(path):
 @by_name
 def test_runs_from_top_to_bottom_in_a_fresh_kernel(path):
     committed = nbformat.read(path, as_version=4)
-    assert output_kinds(execute(path)) == output_kinds(committed), "other kinds of output than the committed ones: make notebooks"
+    assert output_kinds(execute(path)) == output_kinds(committed), (
+        "other kinds of output than the committed ones: make notebooks"
+    )
 
 
 def test_make_check_succeeds_and_lists_every_notebook():
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "notebooks.py"), "check"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "notebooks.py"), "check"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert all(path.stem in done.stdout for path in ALL)
 
@@ -93,9 +128,14 @@ def test_chapters_teach(path):
     cells = nbformat.read(path, as_version=4).cells
     prose = "\n".join(c.source for c in cells if c.cell_type == "markdown")
     if REFERENCE in cells[0].source:
-        return                                     # it is looked up, not read in order
-    for part in ("The question of this chapter", "## What it looks like", "## Exercises",
-                 "<details><summary>Solution</summary>", "## What comes next"):
+        return  # it is looked up, not read in order
+    for part in (
+        "The question of this chapter",
+        "## What it looks like",
+        "## Exercises",
+        "<details><summary>Solution</summary>",
+        "## What comes next",
+    ):
         assert part in prose, part
     assert re.search(r"^## A trap", prose, re.M)
 
@@ -115,8 +155,14 @@ def twice(exported: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 def test_no_definition_twice():
-    exported = {p.stem: [c.source for c in nbformat.read(p, as_version=4).cells
-                         if c.cell_type == "code" and "#| export" in c.source] for p in ALL}
+    exported = {
+        p.stem: [
+            c.source
+            for c in nbformat.read(p, as_version=4).cells
+            if c.cell_type == "code" and "#| export" in c.source
+        ]
+        for p in ALL
+    }
     assert sum(map(len, exported.values())) > 100 and twice(exported) == {}
 
 
@@ -127,22 +173,43 @@ def test_a_second_definition_is_seen():
     assert twice({"a": [method.format("A")], "b": [method.format("B")]}) == {}
 
 
-@pytest.mark.parametrize("source", [
-    "test_eq(thing(2), 4)", "assert thing(2) == 4", "made = thing(2)\nassert made > 3",
-    "test_fail(lambda: thing(None), contains='expected')", "assert all(x > 0 for x in map(thing, data))",
-    "half = lambda x: thing(x) / 2\ntest_eq(half(4), 2)", "thing(target)\ntest_eq(len(target), 1)",
-    "object.thing()\ntest_eq(object.state, 1)", "for x in thing(3):\n    test_eq(x, 1)",
-    "%matplotlib inline\nwith thing() as opened:\n    assert opened.ready"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "test_eq(thing(2), 4)",
+        "assert thing(2) == 4",
+        "made = thing(2)\nassert made > 3",
+        "test_fail(lambda: thing(None), contains='expected')",
+        "assert all(x > 0 for x in map(thing, data))",
+        "half = lambda x: thing(x) / 2\ntest_eq(half(4), 2)",
+        "thing(target)\ntest_eq(len(target), 1)",
+        "object.thing()\ntest_eq(object.state, 1)",
+        "for x in thing(3):\n    test_eq(x, 1)",
+        "%matplotlib inline\nwith thing() as opened:\n    assert opened.ready",
+    ],
+)
 def test_a_test_of_a_thing_is_seen(source):
     assert is_test_of(source, ["thing"])
 
 
-@pytest.mark.parametrize("source", [
-    "thing(2)", "thing(2)\nassert True", "other = 4\nthing(other)\nassert 2 + 2 == 4",
-    "test_eq(unrelated(2), 4)", "thing(2)\ntest_eq(unrelated(2), 4)", "assert thing(2) == thing(2)",
-    "test_eq(thing, thing)", "assert (thing(2) == 4, 'the message makes it a tuple')",
-    "print(thing(2)); text = 'a'\nassert text == 'a'", "#| export\nassert thing(2)",
-    "# test_eq(thing(2), 4)\nthing(2)", "test_thing = 1\nthing(2)", "print(f'test_ {thing(2)} assert')"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "thing(2)",
+        "thing(2)\nassert True",
+        "other = 4\nthing(other)\nassert 2 + 2 == 4",
+        "test_eq(unrelated(2), 4)",
+        "thing(2)\ntest_eq(unrelated(2), 4)",
+        "assert thing(2) == thing(2)",
+        "test_eq(thing, thing)",
+        "assert (thing(2) == 4, 'the message makes it a tuple')",
+        "print(thing(2)); text = 'a'\nassert text == 'a'",
+        "#| export\nassert thing(2)",
+        "# test_eq(thing(2), 4)\nthing(2)",
+        "test_thing = 1\nthing(2)",
+        "print(f'test_ {thing(2)} assert')",
+    ],
+)
 def test_no_test_of_a_thing_is_not_taken_for_one(source):
     assert not is_test_of(source, ["thing"])
 
@@ -158,8 +225,13 @@ def test_the_checks_see_what_they_should(tmp_path):
         nbformat.write(bad, path)
         return " ".join(problems(path))
 
-    stream = lambda text, name="stdout": lambda bad: bad.cells[-1].update(cell_type="code", outputs=[nbformat.v4.new_output("stream", text=text, name=name)],
-                                                                          execution_count=None)
+    stream = lambda text, name="stdout": (
+        lambda bad: bad.cells[-1].update(
+            cell_type="code",
+            outputs=[nbformat.v4.new_output("stream", text=text, name=name)],
+            execution_count=None,
+        )
+    )
     code = lambda bad: next(c for c in bad.cells if c.cell_type == "code")
     assert found_with(lambda bad: None) == ""
     assert "absolute path" in found_with(stream("saved /home/me/x.png"))
@@ -167,7 +239,9 @@ def test_the_checks_see_what_they_should(tmp_path):
     assert "warning" in found_with(stream("UserWarning: beware"))
     assert "stderr" in found_with(stream("x", "stderr"))
     assert "progress bar" in found_with(stream(" 45%|####    |"))
-    assert "not those of its code" in found_with(lambda bad: code(bad).update(source=code(bad).source + "\n1 + 1"))
+    assert "not those of its code" in found_with(
+        lambda bad: code(bad).update(source=code(bad).source + "\n1 + 1")
+    )
 
     def untested(*behind):
         sources = ["#| export\ndef naked(): pass", *behind]
@@ -177,5 +251,5 @@ def test_the_checks_see_what_they_should(tmp_path):
 
     assert untested("naked()") == ["naked"] == untested("naked()", "assert 1 + 1 == 2")
     assert untested("1", "assert naked() is None") == []
-    assert untested("1", "2", "3", "assert naked() is None") == ["naked"]          # too far behind
+    assert untested("1", "2", "3", "assert naked() is None") == ["naked"]  # too far behind
     assert fingerprint(nb) != fingerprint(nbformat.read(path, as_version=4))

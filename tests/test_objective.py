@@ -1,4 +1,5 @@
 """Balance and loss against the published code; skipped steps; every method trains."""
+
 import math
 from dataclasses import replace
 
@@ -8,8 +9,9 @@ from conftest import relative_error
 
 from streamr1_ref import objective
 from streamr1_ref.balance import AdaptiveBalance
-from streamr1_ref.objective import METHODS, Distillation, Distiller, stream_r1_loss, tiny_models
-from streamr1_ref.world import caption_split
+from streamr1_ref.objective import METHODS, Distillation, Distiller, stream_r1_loss
+from streamr1_ref.tiny.models import tiny_models
+from streamr1_ref.tiny.world import caption_split
 
 
 @pytest.mark.parametrize("case", [0, 1])
@@ -18,7 +20,9 @@ def test_published_balance(golden, case):
     c = info["cases"][case]
     balance = AdaptiveBalance(c["lam"], c["window"], c["warmup"])
     for step in range(c["steps"]):
-        final, penalty = balance.update({a: tensors[f"{case}.{a}"][step].item() for a in ("VQ", "MQ", "TA")})
+        final, penalty = balance.update(
+            {a: tensors[f"{case}.{a}"][step].item() for a in ("VQ", "MQ", "TA")}
+        )
         assert penalty == pytest.approx(tensors[f"{case}.penalty"][step].item(), abs=1e-5)
         assert final.item() == pytest.approx(tensors[f"{case}.final"][step].item(), abs=1e-5)
 
@@ -29,8 +33,14 @@ def test_published_loss(golden, case):
     c = info["cases"][case]
     x = tensors[f"{case}.x"].requires_grad_()
     reward = c["rewards"]["MQ"] if c["mode"] == "MQ" else sum(c["rewards"].values()) / 3
-    loss = stream_r1_loss(x, tensors[f"{case}.grad"], torch.tensor([reward], dtype=torch.float64), tensors[f"{case}.weight"][None] if c["spatial"] else None,
-                          tensors[f"{case}.mask"].bool() if c["mask"] else None, c["beta"])
+    loss = stream_r1_loss(
+        x,
+        tensors[f"{case}.grad"],
+        torch.tensor([reward], dtype=torch.float64),
+        tensors[f"{case}.weight"][None] if c["spatial"] else None,
+        tensors[f"{case}.mask"].bool() if c["mask"] else None,
+        c["beta"],
+    )
     loss.backward()
     assert loss.item() == pytest.approx(tensors[f"{case}.loss"].item(), rel=1e-6)
     assert relative_error(x.grad, tensors[f"{case}.dloss_dx"]) < 1e-5
@@ -49,43 +59,76 @@ def same(before, net):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_takes_a_step(method):
-    run = Distiller(tiny_models(), SENTENCES, METHODS[method], Distillation(batch=2, critic_steps=1))
+    run = Distiller(
+        tiny_models(), SENTENCES, METHODS[method], Distillation(batch=2, critic_steps=1)
+    )
     before = weights(run.models.student), weights(run.models.critic), weights(run.models.teacher)
     record = run.step()
     assert "skipped" not in record and all(map(lambda v: v == v, record.values()))
-    assert not same(before[0], run.models.student) and not same(before[1], run.models.critic) and same(before[2], run.models.teacher)
+    assert (
+        not same(before[0], run.models.student)
+        and not same(before[1], run.models.critic)
+        and same(before[2], run.models.teacher)
+    )
     assert (record["weight"] == 1.0) == (METHODS[method].beta == 0)
 
 
-@pytest.mark.parametrize("where, critic_steps, says", [("reward", 0, "reward: TA is not finite for clip 0"), ("critic", 0, "gradient: teacher or critic made values that are not finite for clip 0"),
-                                                       ("critic", 1, "loss, gradient: not finite"), ("saliency", 0, "saliency: the gradient of VQ is not finite for clip 1")])
+@pytest.mark.parametrize(
+    "where, critic_steps, says",
+    [
+        ("reward", 0, "reward: TA is not finite for clip 0"),
+        ("critic", 0, "gradient: teacher or critic made values that are not finite for clip 0"),
+        ("critic", 1, "loss, gradient: not finite"),
+        ("saliency", 0, "saliency: the gradient of VQ is not finite for clip 1"),
+    ],
+)
 def test_a_step_that_is_not_finite_is_skipped_and_counted(where, critic_steps, says):
     models = tiny_models()
-    run, good = Distiller(models, SENTENCES, METHODS["Stream-R1"], Distillation(batch=2, critic_steps=critic_steps)), models.reward
+    run, good = (
+        Distiller(
+            models,
+            SENTENCES,
+            METHODS["Stream-R1"],
+            Distillation(batch=2, critic_steps=critic_steps),
+        ),
+        models.reward,
+    )
     if where == "reward":
-        models.reward = lambda pixels, prompts: {a: r + (float("inf") if a == "TA" else 0) for a, r in good(pixels, prompts).items()}
+        models.reward = lambda pixels, prompts: {
+            a: r + (float("inf") if a == "TA" else 0) for a, r in good(pixels, prompts).items()
+        }
     elif where == "saliency":
-        bad = torch.tensor([0.0, 1.0])               # the derivative of sqrt at 0, for the second clip only
-        models.reward = lambda pixels, prompts: {a: r + (bad * (0 * pixels).sum((1, 2, 3, 4)) + (1 - bad)).sqrt() for a, r in good(pixels, prompts).items()}
+        bad = torch.tensor([0.0, 1.0])  # the derivative of sqrt at 0, for the second clip only
+        models.reward = lambda pixels, prompts: {
+            a: r + (bad * (0 * pixels).sum((1, 2, 3, 4)) + (1 - bad)).sqrt()
+            for a, r in good(pixels, prompts).items()
+        }
     else:
         next(models.critic.parameters()).data.fill_(float("nan"))
     models.reward.axes = good.axes
     before = weights(models.student)
     record = run.step()
     assert record["skipped"].startswith(f"step 1: {says}") and run.skipped == 1, record
-    assert run.critic_optimizer.state == {}                      # the critic was not trained on it either
+    assert run.critic_optimizer.state == {}  # the critic was not trained on it either
     assert same(before, models.student) and len(run.balance.history) == 0
 
 
 def test_a_skipped_step_does_not_repeat_itself():
     """The next step draws other sentences and noise: a clip that breaks a step cannot break the run."""
     models = tiny_models()
-    run, good = Distiller(models, SENTENCES, METHODS["DMD"], Distillation(batch=1, critic_steps=0, frames=3)), models.reward
+    run, good = (
+        Distiller(
+            models, SENTENCES, METHODS["DMD"], Distillation(batch=1, critic_steps=0, frames=3)
+        ),
+        models.reward,
+    )
     seen = []
 
     def once(pixels, prompts):
         seen.append(prompts)
-        return {a: r * (float("nan") if len(seen) == 1 else 1) for a, r in good(pixels, prompts).items()}
+        return {
+            a: r * (float("nan") if len(seen) == 1 else 1) for a, r in good(pixels, prompts).items()
+        }
 
     once.axes, models.reward = good.axes, once
     records = [run.step(), run.step()]
@@ -96,8 +139,12 @@ def test_penalty_scales_the_whole_gradient():
     """One micro-batch: balancing multiplies the gradient by exp(-beta weight penalty), and two micro-batches see the mean of both."""
     gradients = {}
     for balance in (0.0, 0.5):
-        run = Distiller(tiny_models(), SENTENCES, replace(METHODS["inter"], balance=balance, balance_window=4, balance_warmup=2),
-                        Distillation(batch=1, micro_batches=2, critic_steps=0, frames=3, clip_norm=1e9))
+        run = Distiller(
+            tiny_models(),
+            SENTENCES,
+            replace(METHODS["inter"], balance=balance, balance_window=4, balance_warmup=2),
+            Distillation(batch=1, micro_batches=2, critic_steps=0, frames=3, clip_norm=1e9),
+        )
         run.student_optimizer.step = lambda: None
         records = [run.step() for _ in range(3)]
         gradients[balance] = [p.grad.clone() for p in run.models.student.parameters()], records[-1]
@@ -105,7 +152,9 @@ def test_penalty_scales_the_whole_gradient():
     assert record["penalty"] > 0
     factor = math.exp(-2.0 * 0.5 * record["penalty"])
     assert all(torch.allclose(factor * a, b, rtol=1e-4, atol=1e-9) for a, b in zip(plain, braked))
-    assert run.balance.history[-1] == pytest.approx([record[a] for a in ("VQ", "MQ", "TA")], abs=1e-5)
+    assert run.balance.history[-1] == pytest.approx(
+        [record[a] for a in ("VQ", "MQ", "TA")], abs=1e-5
+    )
 
 
 def test_balance_state_survives():
@@ -113,14 +162,26 @@ def test_balance_state_survives():
     for i in range(3):
         a.update({"VQ": float(i), "MQ": 0.0, "TA": 1.0})
     b.load_state_dict(a.state_dict())
-    assert a.update({"VQ": 5.0, "MQ": 0.0, "TA": 1.0})[1] == b.update({"VQ": 5.0, "MQ": 0.0, "TA": 1.0})[1]
+    assert (
+        a.update({"VQ": 5.0, "MQ": 0.0, "TA": 1.0})[1]
+        == b.update({"VQ": 5.0, "MQ": 0.0, "TA": 1.0})[1]
+    )
 
 
 def test_the_balance_window_moves_only_when_a_step_succeeded(monkeypatch):
     """A step whose gradient is not finite is skipped; its rewards must not count (they did: the window had one entry more)."""
-    run = Distiller(tiny_models(), ["a red 3 moving up"] * 4, METHODS["Stream-R1"], Distillation(batch=2, critic_steps=1))
+    run = Distiller(
+        tiny_models(),
+        ["a red 3 moving up"] * 4,
+        METHODS["Stream-R1"],
+        Distillation(batch=2, critic_steps=1),
+    )
     whole = objective.clip_gradient
-    monkeypatch.setattr(objective, "clip_gradient", lambda net, *rest: whole(net, *rest) if net is run.models.critic else math.nan)
+    monkeypatch.setattr(
+        objective,
+        "clip_gradient",
+        lambda net, *rest: whole(net, *rest) if net is run.models.critic else math.nan,
+    )
     assert "skipped" in run.step() and run.balance.count == 0 and not run.balance.history
     monkeypatch.setattr(objective, "clip_gradient", whole)
     assert "skipped" not in run.step() and run.balance.count == 1
@@ -131,18 +192,38 @@ def test_the_negative_prompt_is_embedded_once_and_is_the_one_that_was_set():
     models, heard = tiny_models(), []
     text = models.text
     models.text = lambda prompts: heard.append(list(prompts)) or text(prompts)
-    run = Distiller(models, ["a red 3 moving up"] * 4, METHODS["DMD"],
-                    Distillation(batch=1, micro_batches=2, critic_steps=1, negative_prompt="a blue 7 moving down"))
+    run = Distiller(
+        models,
+        ["a red 3 moving up"] * 4,
+        METHODS["DMD"],
+        Distillation(
+            batch=1, micro_batches=2, critic_steps=1, negative_prompt="a blue 7 moving down"
+        ),
+    )
     first = run.step()
-    assert [p for p in heard if p == ["a blue 7 moving down"]] == [["a blue 7 moving down"]] and [""] not in heard
-    plain = Distiller(tiny_models(), ["a red 3 moving up"] * 4, METHODS["DMD"], Distillation(batch=1, micro_batches=2, critic_steps=1))
+    assert [p for p in heard if p == ["a blue 7 moving down"]] == [["a blue 7 moving down"]] and [
+        ""
+    ] not in heard
+    plain = Distiller(
+        tiny_models(),
+        ["a red 3 moving up"] * 4,
+        METHODS["DMD"],
+        Distillation(batch=1, micro_batches=2, critic_steps=1),
+    )
     assert plain.step()["loss"] != first["loss"]
 
 
 def test_context_noise_as_published_changes_the_rollout_and_the_default_does_not():
     """The published training noises finished blocks at sigma 0.005; the default, like the published sampler, does not."""
-    plain, noisy = (Distiller(tiny_models(), ["a red 3 moving up"] * 4, METHODS["DMD"], Distillation(batch=1, context_lookup=lookup))
-                    for lookup in ("exact", "nearest"))
+    plain, noisy = (
+        Distiller(
+            tiny_models(),
+            ["a red 3 moving up"] * 4,
+            METHODS["DMD"],
+            Distillation(batch=1, context_lookup=lookup),
+        )
+        for lookup in ("exact", "nearest")
+    )
     a, b = (run.rollout(0, 0)[0] for run in (plain, noisy))
     first = slice(0, 3)
     assert torch.equal(a[:, first], b[:, first]) and 0 < (a - b).norm() / a.norm() < 0.2

@@ -1,11 +1,19 @@
 """The shipped reward model on held-out pairs; batches, lengths, and refusals."""
+
 import pytest
 import torch
 
-from streamr1_ref.codec import load_codec
-from streamr1_ref.conventions import data_path
-from streamr1_ref.reward import AXES, RewardTrainer, RewardTraining, TinyReward, load_reward, pair_accuracy, pair_logits
-from streamr1_ref.teacher import run_training
+from streamr1_ref.reward import AXES, pair_logits
+from streamr1_ref.tiny.codec import load_codec
+from streamr1_ref.tiny.reward import (
+    RewardTrainer,
+    RewardTraining,
+    TinyReward,
+    load_reward,
+    pair_accuracy,
+)
+from streamr1_ref.tiny.teacher import run_training
+from streamr1_ref.utils.files import data_path
 
 
 @pytest.fixture(scope="module")
@@ -21,17 +29,20 @@ def test_held_out_accuracy(codec):
 def test_the_shipped_file_is_small_and_holds_its_normalisation():
     path, model = data_path("tiny_reward.safetensors"), load_reward()
     assert path.stat().st_size < 2 * 2**20
-    assert (model.std > 0.5).all() and model.mean.abs().max() > 0.1                # not the identity
+    assert (model.std > 0.5).all() and model.mean.abs().max() > 0.1  # not the identity
 
 
 @pytest.mark.parametrize("frames", [1, 5, 33, 41])
 def test_any_number_of_frames_and_clips(frames):
-    model, prompts = load_reward(), ["a red 3 moving up", "a cyan 0 moving left slowly", "a blue 7 moving down"]
+    model, prompts = (
+        load_reward(),
+        ["a red 3 moving up", "a cyan 0 moving left slowly", "a blue 7 moving down"],
+    )
     pixels = torch.rand(3, frames, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     together = model(pixels, prompts)
     for i in range(3):
-        alone = model(pixels[i:i + 1], prompts[i:i + 1])
-        assert all(torch.allclose(alone[a], together[a][i:i + 1], atol=1e-4) for a in AXES)
+        alone = model(pixels[i : i + 1], prompts[i : i + 1])
+        assert all(torch.allclose(alone[a], together[a][i : i + 1], atol=1e-4) for a in AXES)
 
 
 def test_ties_are_no_comparisons():
@@ -49,11 +60,15 @@ def test_training_resumes_bit_for_bit(codec, tmp_path):
         if isinstance(error := next(stop), KeyboardInterrupt):
             raise error
         return step()
+
     part.step = interrupted
     with pytest.raises(KeyboardInterrupt):
         run_training(part, tmp_path / "b", "s", "reward", progress=False)
     run_training(resumed, tmp_path / "b", "s", "reward", progress=False)
-    assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values())
+    )
     assert (tmp_path / "a" / "log.jsonl").read_text() == (tmp_path / "b" / "log.jsonl").read_text()
 
 

@@ -1,4 +1,5 @@
 """The sampler and the training rollout against the published ones, and what no reader needs to see."""
+
 import gc
 from dataclasses import replace
 
@@ -6,28 +7,60 @@ import pytest
 import torch
 from conftest import relative_error
 
-from streamr1_ref.cache import CacheConfig
+from streamr1_ref.cache import CacheConfig, make_cache
 from streamr1_ref.flow import FlowSchedule
-from streamr1_ref.rollout import StreamSampler, denoise_block, fresh_noise, remember, self_forcing_rollout
-from streamr1_ref.cache import make_cache
+from streamr1_ref.rollout import (
+    StreamSampler,
+    denoise_block,
+    fresh_noise,
+    remember,
+    self_forcing_rollout,
+)
 from streamr1_ref.transformer import WanConfig, WanTransformer, load_wan_weights
 
-SMALL = WanConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, in_channels=4, out_channels=4, text_dim=16, freq_dim=32, latent_size=(4, 6))
+SMALL = WanConfig(
+    dim=48,
+    ffn_dim=96,
+    num_heads=2,
+    num_layers=2,
+    in_channels=4,
+    out_channels=4,
+    text_dim=16,
+    freq_dim=32,
+    latent_size=(4, 6),
+)
 
 
 def published(golden, name):
     tensors, info = golden(name)
-    cfg = WanConfig(dim=info["dim"], ffn_dim=info["ffn_dim"], num_heads=info["heads"], num_layers=info["layers"], in_channels=info["channels"],
-                    out_channels=info["channels"], text_dim=info["text_dim"], text_len=info["text_len"], freq_dim=info["freq_dim"], patch_size=tuple(info["patch"]))
-    net = load_wan_weights(WanTransformer(cfg), {k[2:]: v for k, v in tensors.items() if k.startswith("w.")}).requires_grad_(False)
+    cfg = WanConfig(
+        dim=info["dim"],
+        ffn_dim=info["ffn_dim"],
+        num_heads=info["heads"],
+        num_layers=info["layers"],
+        in_channels=info["channels"],
+        out_channels=info["channels"],
+        text_dim=info["text_dim"],
+        text_len=info["text_len"],
+        freq_dim=info["freq_dim"],
+        patch_size=tuple(info["patch"]),
+    )
+    net = load_wan_weights(
+        WanTransformer(cfg), {k[2:]: v for k, v in tensors.items() if k.startswith("w.")}
+    ).requires_grad_(False)
     cache = CacheConfig(info["window_frames"], info["sink_frames"], alpha=info["alpha"])
-    renoise = [[tensors[f"renoise.{b}.{s}"] for s in range(4) if f"renoise.{b}.{s}" in tensors] for b in range(info["blocks"])]
+    renoise = [
+        [tensors[f"renoise.{b}.{s}"] for s in range(4) if f"renoise.{b}.{s}" in tensors]
+        for b in range(info["blocks"])
+    ]
     return tensors, info, net, cache, renoise
 
 
 def test_published_sampler(golden):
     tensors, info, net, cache, renoise = published(golden, "rollout_inference")
-    sampler = StreamSampler(net, FlowSchedule(info["shift"]), info["step_list"], info["frames_per_block"], cache)
+    sampler = StreamSampler(
+        net, FlowSchedule(info["shift"]), info["step_list"], info["frames_per_block"], cache
+    )
     latents = sampler.sample(tensors["noise"], tensors["prompt_embeds"], renoise)
     assert relative_error(latents, tensors["latents"]) < 1e-4
     assert torch.allclose(sampler.schedule.warp(info["step_list"]), tensors["steps"], atol=1e-3)
@@ -36,25 +69,52 @@ def test_published_sampler(golden):
 def test_published_sampler_call_by_call(golden):
     tensors, info, net, cfg, renoise = published(golden, "rollout_inference")
     schedule, prompt = FlowSchedule(info["shift"]), tensors["prompt_embeds"]
-    timesteps, cache = schedule.warp(info["step_list"]).tolist(), make_cache(net.cfg, cfg, 1, (2, 3))
+    timesteps, cache = (
+        schedule.warp(info["step_list"]).tolist(),
+        make_cache(net.cfg, cfg, 1, (2, 3)),
+    )
     errors = []
     for b, x in enumerate(tensors["noise"].split(3, 1)):
         cache.open(3)
-        for s in range(4):                                               # the block as it is after each of its calls
-            x0 = denoise_block(net, x, prompt, cache, schedule, timesteps, fresh_noise(None, renoise[b]), exit_step=s)
+        for s in range(4):  # the block as it is after each of its calls
+            x0 = denoise_block(
+                net,
+                x,
+                prompt,
+                cache,
+                schedule,
+                timesteps,
+                fresh_noise(None, renoise[b]),
+                exit_step=s,
+            )
             errors.append(relative_error(x0, tensors[f"x0.{b}.{s}"]))
         remember(net, x0, prompt, cache, schedule)
     assert len(errors) == 28 and max(errors) < 1e-4, errors
     for layer in range(2):
         for kind, name in enumerate(("k", "v")):
-            assert relative_error(cache.store[kind, layer].flatten(1, 2), tensors[f"cache_{name}.{layer}"]) < 1e-4
+            assert (
+                relative_error(
+                    cache.store[kind, layer].flatten(1, 2), tensors[f"cache_{name}.{layer}"]
+                )
+                < 1e-4
+            )
 
 
 @pytest.mark.parametrize("name", ["rollout_training_same_exit", "rollout_training_exit_per_block"])
 def test_published_training_rollout(golden, name):
     tensors, info, net, cache, renoise = published(golden, name)
-    r = self_forcing_rollout(net, tensors["noise"], tensors["prompt_embeds"], FlowSchedule(info["shift"]), info["step_list"], info["exit_flags"],
-                             info["frames_per_block"], cache, evict=False, renoise=renoise)
+    r = self_forcing_rollout(
+        net,
+        tensors["noise"],
+        tensors["prompt_embeds"],
+        FlowSchedule(info["shift"]),
+        info["step_list"],
+        info["exit_flags"],
+        info["frames_per_block"],
+        cache,
+        evict=False,
+        renoise=renoise,
+    )
     assert relative_error(r.latents, tensors["latents"]) < 1e-4
     assert r.exit_steps == info["exit_flags"]
 
@@ -62,11 +122,23 @@ def test_published_training_rollout(golden, name):
 def test_published_training_differs_from_inference_from_the_fourth_block_on(golden):
     """Erratum 1: the EMA sink moves at inference only."""
     tensors, info, net, cache, renoise = published(golden, "rollout_inference")
-    args = (net, tensors["noise"], tensors["prompt_embeds"], FlowSchedule(), info["step_list"], [3], 3)
-    frozen, static, moving = (self_forcing_rollout(*args, cache=c, evict=e, renoise=renoise).latents
-                              for c, e in ((cache, False), (CacheConfig(sink="static"), True), (cache, True)))
+    args = (
+        net,
+        tensors["noise"],
+        tensors["prompt_embeds"],
+        FlowSchedule(),
+        info["step_list"],
+        [3],
+        3,
+    )
+    frozen, static, moving = (
+        self_forcing_rollout(*args, cache=c, evict=e, renoise=renoise).latents
+        for c, e in ((cache, False), (CacheConfig(sink="static"), True), (cache, True))
+    )
     assert relative_error(frozen, static) < 1e-6
-    assert relative_error(moving, tensors["latents"]) < 1e-4              # with evict=True the training rollout is the sampler
+    assert (
+        relative_error(moving, tensors["latents"]) < 1e-4
+    )  # with evict=True the training rollout is the sampler
     gap = [relative_error(a, b) for a, b in zip(frozen.split(3, 1), tensors["latents"].split(3, 1))]
     assert max(gap[:3]) < 1e-6 and all(1e-5 < g < 1e-3 for g in gap[3:]), gap
 
@@ -80,15 +152,35 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("cache", [CacheConfig(), CacheConfig(sink="static"), CacheConfig(sink="none"), CacheConfig(window_frames=None, max_frames=30)],
-                         ids=["ema", "static", "window", "full"])
+@pytest.mark.parametrize(
+    "cache",
+    [
+        CacheConfig(),
+        CacheConfig(sink="static"),
+        CacheConfig(sink="none"),
+        CacheConfig(window_frames=None, max_frames=30),
+    ],
+    ids=["ema", "static", "window", "full"],
+)
 @pytest.mark.parametrize("frames, per_block", [(21, 3), (10, 3), (8, 1), (11, 4)])
 def test_any_frame_count_and_block_size(cache, frames, per_block):
-    sampler = StreamSampler(small_net().requires_grad_(False), steps=(1000, 500), frames_per_block=per_block, cache=cache)
-    noise, prompt, first = randn(2, frames, 4, 4, 6), randn(2, 5, 16), frames % per_block + per_block
+    sampler = StreamSampler(
+        small_net().requires_grad_(False),
+        steps=(1000, 500),
+        frames_per_block=per_block,
+        cache=cache,
+    )
+    noise, prompt, first = (
+        randn(2, frames, 4, 4, 6),
+        randn(2, 5, 16),
+        frames % per_block + per_block,
+    )
     make = lambda: sampler.sample(noise, prompt, generator=torch.Generator().manual_seed(0))
     if cache.window_frames and first > cache.window_frames - cache.num_sink:
-        with pytest.raises(ValueError, match=rf"window_frames: expected at least sink_frames \+ the block = 3 \+ {first}, got 9"):
+        with pytest.raises(
+            ValueError,
+            match=rf"window_frames: expected at least sink_frames \+ the block = 3 \+ {first}, got 9",
+        ):
             make()
         return
     out = make()
@@ -96,12 +188,18 @@ def test_any_frame_count_and_block_size(cache, frames, per_block):
 
 
 def test_clips_of_a_batch_do_not_mix():
-    net, noise, prompt = small_net().requires_grad_(False), randn(2, 12, 4, 4, 6), randn(2, 5, 16, seed=1)
+    net, noise, prompt = (
+        small_net().requires_grad_(False),
+        randn(2, 12, 4, 4, 6),
+        randn(2, 5, 16, seed=1),
+    )
     renoise = [[randn(2, 3, 4, 4, 6, seed=10 * b + s) for s in range(3)] for b in range(4)]
     both = StreamSampler(net).sample(noise, prompt, renoise)
     for i in range(2):
-        alone = StreamSampler(net).sample(noise[i:i + 1], prompt[i:i + 1], [[r[i:i + 1] for r in row] for row in renoise])
-        assert relative_error(alone, both[i:i + 1]) < 1e-5
+        alone = StreamSampler(net).sample(
+            noise[i : i + 1], prompt[i : i + 1], [[r[i : i + 1] for r in row] for row in renoise]
+        )
+        assert relative_error(alone, both[i : i + 1]) < 1e-5
 
 
 def test_a_stream_does_not_depend_on_how_much_of_it_is_asked_for():
@@ -123,10 +221,20 @@ def test_an_endless_stream_keeps_no_history():
 @pytest.mark.parametrize("exit_steps", [[0], [3], [1, 3, 0, 2]])
 def test_gradient_reaches_the_weights_of_every_exit(evict, exit_steps):
     net = small_net()
-    r = self_forcing_rollout(net, randn(1, 12, 4, 4, 6), randn(1, 5, 16), FlowSchedule(), exit_steps=exit_steps, evict=evict,
-                             cache=CacheConfig(alpha=0.5), generator=torch.Generator().manual_seed(0))
+    r = self_forcing_rollout(
+        net,
+        randn(1, 12, 4, 4, 6),
+        randn(1, 5, 16),
+        FlowSchedule(),
+        exit_steps=exit_steps,
+        evict=evict,
+        cache=CacheConfig(alpha=0.5),
+        generator=torch.Generator().manual_seed(0),
+    )
     for part in r.latents.split(3, 1):
-        grads = torch.autograd.grad(part.sum(), [p for p in net.parameters()], retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(
+            part.sum(), [p for p in net.parameters()], retain_graph=True, allow_unused=True
+        )
         assert sum(g is not None and bool(g.abs().max() > 0) for g in grads) > 20
 
 
@@ -137,16 +245,32 @@ def test_recomputing_layers_in_the_backward_pass_changes_no_gradient(evict):
     for checkpointing in (False, True):
         net = small_net().double()
         net.checkpointing = checkpointing
-        r = self_forcing_rollout(net, randn(1, 15, 4, 4, 6).double(), randn(1, 5, 16).double(), FlowSchedule(), exit_steps=[1, 3, 0, 2, 1], evict=evict,
-                                 cache=CacheConfig(alpha=0.5), generator=torch.Generator().manual_seed(0))
+        r = self_forcing_rollout(
+            net,
+            randn(1, 15, 4, 4, 6).double(),
+            randn(1, 5, 16).double(),
+            FlowSchedule(),
+            exit_steps=[1, 3, 0, 2, 1],
+            evict=evict,
+            cache=CacheConfig(alpha=0.5),
+            generator=torch.Generator().manual_seed(0),
+        )
         grads.append(torch.autograd.grad(r.latents.square().sum(), list(net.parameters())))
-    assert all(torch.equal(a, b) for a, b in zip(*grads)) and any(g.abs().max() > 0 for g in grads[0])
+    assert all(torch.equal(a, b) for a, b in zip(*grads)) and any(
+        g.abs().max() > 0 for g in grads[0]
+    )
 
 
 def test_a_rollout_without_gradients_builds_no_graph():
     net = small_net()
     with torch.no_grad():
-        r = self_forcing_rollout(net, randn(1, 6, 4, 4, 6), randn(1, 5, 16), FlowSchedule(), generator=torch.Generator().manual_seed(0))
+        r = self_forcing_rollout(
+            net,
+            randn(1, 6, 4, 4, 6),
+            randn(1, 5, 16),
+            FlowSchedule(),
+            generator=torch.Generator().manual_seed(0),
+        )
     assert not r.latents.requires_grad
 
 
@@ -163,7 +287,10 @@ def test_bfloat16_network_with_float32_latents():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_gpu_streams_the_same_video():
     net, prompt = small_net().requires_grad_(False), randn(1, 5, 16)
-    noise, renoise = randn(1, 12, 4, 4, 6), [[randn(1, 3, 4, 4, 6, seed=10 * b + s) for s in range(3)] for b in range(4)]
+    noise, renoise = (
+        randn(1, 12, 4, 4, 6),
+        [[randn(1, 3, 4, 4, 6, seed=10 * b + s) for s in range(3)] for b in range(4)],
+    )
     reference = StreamSampler(net).sample(noise, prompt, renoise)
     ours = StreamSampler(net.cuda()).sample(noise.cuda(), prompt.cuda(), renoise)
     assert relative_error(ours.cpu(), reference) < 1e-3
@@ -171,11 +298,15 @@ def test_the_gpu_streams_the_same_video():
 
 def test_a_training_rollout_keeps_no_copy_of_the_past(monkeypatch):
     """Nothing leaves a training cache, so the backward pass can read its store (copies took 8.84 GiB at 1.3B, 832 x 480)."""
-    monkeypatch.setattr(FlowSchedule, "sigma", lambda self, t: torch.full(t.shape, 0.5, device=t.device))    # meta has no values
-    frame = 2 * 30 * 52 * 1536 * 2                                       # bytes of a frame's keys and values in a layer, bfloat16
+    monkeypatch.setattr(
+        FlowSchedule, "sigma", lambda self, t: torch.full(t.shape, 0.5, device=t.device)
+    )  # meta has no values
+    frame = 2 * 30 * 52 * 1536 * 2  # bytes of a frame's keys and values in a layer, bfloat16
     per_layer = (kept_by_a_rollout(3) - kept_by_a_rollout(2)) / frame
     # the store holds 21 frames, and what enters a checkpointed layer is worth half as much; copies would be 33 more
-    assert per_layer == pytest.approx(31.5, rel=0.01), f"{per_layer:.1f} frames of keys and values are kept a layer"
+    assert per_layer == pytest.approx(31.5, rel=0.01), (
+        f"{per_layer:.1f} frames of keys and values are kept a layer"
+    )
 
 
 def kept_by_a_rollout(num_layers):
@@ -195,5 +326,9 @@ def kept_by_a_rollout(num_layers):
 def meta_storages():
     """Bytes of every storage of a tensor on the meta device that Python can reach, by its address."""
     gc.collect()
-    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter) and o.device.type == "meta"]
+    tensors = [
+        o
+        for o in gc.get_objects()
+        if type(o) in (torch.Tensor, torch.nn.Parameter) and o.device.type == "meta"
+    ]
     return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}

@@ -1,4 +1,5 @@
 """The shipped teacher, and a training that is killed."""
+
 import json
 import signal
 import subprocess
@@ -8,15 +9,25 @@ import time
 import pytest
 import torch
 
-from streamr1_ref.codec import load_codec
-from streamr1_ref.conventions import data_path, load_tensors, save_tensors
-from streamr1_ref.teacher import TeacherTraining, TextToLatents, load_teacher, seeded, train_teacher, training_batch
+from streamr1_ref.tiny.codec import load_codec
+from streamr1_ref.tiny.metrics import Oracle, judge
+from streamr1_ref.tiny.teacher import (
+    TeacherTraining,
+    TextToLatents,
+    load_teacher,
+    train_teacher,
+    training_batch,
+)
+from streamr1_ref.tiny.world import caption_split
 from streamr1_ref.transformer import WanConfig
-from streamr1_ref.world import caption_split, judge, Oracle
+from streamr1_ref.utils.files import data_path, load_tensors, save_tensors
+from streamr1_ref.utils.runtime import seeded
 
 NET = "WanConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=1)"
-RUN = ("import sys, torch; torch.set_num_threads(1)\nfrom streamr1_ref.teacher import *\nfrom streamr1_ref.transformer import WanConfig\n"
-       f"train_teacher(TeacherTraining(steps=60, batch=1, save_every=7), sys.argv[1], net={NET}, progress=False)")
+RUN = (
+    "import sys, torch; torch.set_num_threads(1)\nfrom streamr1_ref.teacher import *\nfrom streamr1_ref.transformer import WanConfig\n"
+    f"train_teacher(TeacherTraining(steps=60, batch=1, save_every=7), sys.argv[1], net={NET}, progress=False)"
+)
 
 
 def test_killed_and_resumed_training_ends_with_the_same_bits(tmp_path):
@@ -27,7 +38,11 @@ def test_killed_and_resumed_training_ends_with_the_same_bits(tmp_path):
     for patience in (9, 31, 0):
         process = subprocess.Popen([sys.executable, "-c", RUN, str(killed)])
         log = killed / "log.jsonl"
-        while patience and process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= patience):
+        while (
+            patience
+            and process.poll() is None
+            and not (log.exists() and len(log.read_text().splitlines()) >= patience)
+        ):
             time.sleep(0.01)
         if patience and process.poll() is None:
             process.send_signal(signal.SIGKILL)
@@ -40,7 +55,10 @@ def test_killed_and_resumed_training_ends_with_the_same_bits(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
-    cfg, net = TeacherTraining(steps=2, batch=1, save_every=1), WanConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=1)
+    cfg, net = (
+        TeacherTraining(steps=2, batch=1, save_every=1),
+        WanConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=1),
+    )
     train_teacher(cfg, tmp_path, net=net, progress=False)
     path = tmp_path / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
@@ -50,10 +68,17 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
 
 def test_other_settings_are_refused_before_work(tmp_path):
     net = WanConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=1)
-    train_teacher(TeacherTraining(steps=1, batch=1, save_every=1), tmp_path, net=net, progress=False)
+    train_teacher(
+        TeacherTraining(steps=1, batch=1, save_every=1), tmp_path, net=net, progress=False
+    )
     before = (tmp_path / "log.jsonl").read_text()
     with pytest.raises(ValueError, match="was made with"):
-        train_teacher(TeacherTraining(steps=1, batch=1, save_every=1, lr=1.0), tmp_path, net=net, progress=False)
+        train_teacher(
+            TeacherTraining(steps=1, batch=1, save_every=1, lr=1.0),
+            tmp_path,
+            net=net,
+            progress=False,
+        )
     assert (tmp_path / "log.jsonl").read_text() == before
 
 
@@ -61,9 +86,13 @@ def test_shipped_teacher_fits_its_limits():
     path = data_path("tiny_teacher.safetensors")
     assert path.stat().st_size < 8 * 2**20
     tensors, metadata = load_tensors(path)
-    assert {t.dtype for t in tensors.values()} == {torch.float16} and all(t.isfinite().all() for t in tensors.values())
+    assert {t.dtype for t in tensors.values()} == {torch.float16} and all(
+        t.isfinite().all() for t in tensors.values()
+    )
     assert json.loads(metadata["training"])["seed"] == TeacherTraining().seed
-    assert sum(t.numel() for t in tensors.values()) == sum(p.numel() for p in TextToLatents().parameters())
+    assert sum(t.numel() for t in tensors.values()) == sum(
+        p.numel() for p in TextToLatents().parameters()
+    )
 
 
 def test_shipped_teacher_obeys():
@@ -76,9 +105,14 @@ def test_shipped_teacher_obeys():
 
 def test_batches_never_show_heldout_captions():
     codec, (train, heldout) = load_codec(data_path("tiny_codec.safetensors")), caption_split()
-    shown = {sentence for step in range(0, 40, 8)
-             for sentence in training_batch(TeacherTraining(batch=8), step, codec, train)[3]}
-    assert len(shown) > 20 and shown <= {"", *map(str, train)} and shown.isdisjoint(map(str, heldout))
+    shown = {
+        sentence
+        for step in range(0, 40, 8)
+        for sentence in training_batch(TeacherTraining(batch=8), step, codec, train)[3]
+    }
+    assert (
+        len(shown) > 20 and shown <= {"", *map(str, train)} and shown.isdisjoint(map(str, heldout))
+    )
 
 
 def test_misfits_of_a_teacher_file_are_named(tmp_path):

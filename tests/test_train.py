@@ -1,4 +1,5 @@
 """Runs as processes: killed and resumed, two ranks and one, damaged checkpoints, Ctrl-C, broken weights, a rank that dies."""
+
 import json
 import os
 import random
@@ -18,18 +19,31 @@ import tyro
 from PIL import Image, ImageChops
 
 from streamr1_ref import cli, train
-from streamr1_ref.objective import Distillation, Distiller, tiny_models
-from streamr1_ref.train import PRESETS, Trainer, newest, start_processes
-from streamr1_ref.wan import compile_blocks
-from streamr1_ref.world import caption_split
+from streamr1_ref.objective import Distillation, Distiller
+from streamr1_ref.tiny.models import tiny_models
+from streamr1_ref.tiny.world import caption_split
+from streamr1_ref.training.trainer import PRESETS, Trainer, newest, start_processes
+from streamr1_ref.wan.checkpoints import compile_blocks
 
-SMALL = ["--save-every", "2", "--distillation.batch", "1", "--distillation.frames", "3", "--distillation.critic-steps", "1",
-         "--distillation.micro-batches", "2", "--distillation.exit-group", "2"]
+SMALL = [
+    "--save-every",
+    "2",
+    "--distillation.batch",
+    "1",
+    "--distillation.frames",
+    "3",
+    "--distillation.critic-steps",
+    "1",
+    "--distillation.micro-batches",
+    "2",
+    "--distillation.exit-group",
+    "2",
+]
 CLI = [sys.executable, "-m", "streamr1_ref.cli", "train", "tiny", *SMALL]
 FIVE = ["--steps", "5"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-pytestmark = pytest.mark.xdist_group("train")               # one worker: `whole` is made once
+pytestmark = pytest.mark.xdist_group("train")  # one worker: `whole` is made once
 SENTENCES = [str(c) for c in caption_split()[0]]
 
 
@@ -43,7 +57,10 @@ def log(folder):
 
 def checkpoint_tensors(folder):
     """All that a checkpoint holds, as one process reads it."""
-    cfg = replace(PRESETS["tiny"], distillation=Distillation(batch=1, frames=3, critic_steps=1, micro_batches=2, exit_group=2))
+    cfg = replace(
+        PRESETS["tiny"],
+        distillation=Distillation(batch=1, frames=3, critic_steps=1, micro_batches=2, exit_group=2),
+    )
     trainer = Trainer(tiny_models(), SENTENCES, cfg, folder)
     assert trainer.resume() == []
     return trainer.step_count, trainer.tensors()
@@ -60,12 +77,21 @@ def whole(tmp_path_factory):
 
 def test_killed_at_a_random_moment_and_resumed_bit_for_bit(whole, tmp_path):
     seed = int(os.environ.get("STREAMR1_TEST_SEED") or random.SystemRandom().randrange(2**32))
-    print(f"to kill at the same step again: STREAMR1_TEST_SEED={seed}")          # pytest shows it if this test fails
-    wanted = random.Random(seed).choice([2, 3, 4])          # there is a checkpoint, or one is being written
-    process = subprocess.Popen([*CLI, *FIVE, "--out", str(tmp_path)], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    print(
+        f"to kill at the same step again: STREAMR1_TEST_SEED={seed}"
+    )  # pytest shows it if this test fails
+    wanted = random.Random(seed).choice([2, 3, 4])  # there is a checkpoint, or one is being written
+    process = subprocess.Popen(
+        [*CLI, *FIVE, "--out", str(tmp_path)],
+        env=ENV,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if (tmp_path / "log.jsonl").exists() and len((tmp_path / "log.jsonl").read_text().splitlines()) >= wanted:
+        if (tmp_path / "log.jsonl").exists() and len(
+            (tmp_path / "log.jsonl").read_text().splitlines()
+        ) >= wanted:
             break
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -74,7 +100,9 @@ def test_killed_at_a_random_moment_and_resumed_bit_for_bit(whole, tmp_path):
     resumed = run([*CLI, *FIVE, "--out", str(tmp_path), "--resume"])
     assert resumed.returncode == 0, resumed.stderr
     (step, ours), (_, theirs) = checkpoint_tensors(tmp_path), checkpoint_tensors(whole)
-    assert step == 5 and all(torch.equal(ours[name], theirs[name]) for name in theirs), f"killed after step {wanted}"
+    assert step == 5 and all(torch.equal(ours[name], theirs[name]) for name in theirs), (
+        f"killed after step {wanted}"
+    )
     assert log(tmp_path) == log(whole)
     weights = "pipeline/transformer/diffusion_pytorch_model.safetensors"
     assert (tmp_path / weights).read_bytes() == (whole / weights).read_bytes()
@@ -86,7 +114,10 @@ def test_two_processes_are_one_and_one_goes_on_where_two_stopped(whole, tmp_path
     for ours, theirs in zip(log(tmp_path), log(whole)):
         assert ours.keys() == theirs.keys()
         for name in theirs:
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), (ours["step"], name)
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), (
+                ours["step"],
+                name,
+            )
     alone = run([*CLI, *FIVE, "--out", str(tmp_path), "--resume"])
     assert alone.returncode == 0, alone.stderr
     assert len(log(tmp_path)) == 5
@@ -114,7 +145,9 @@ train.Trainer.advance = advance
 sys.exit(cli.main(["train", "tiny", *{SMALL + FIVE!r}, "--out", {str(tmp_path / "run")!r}, "--resume"]))
 """)
     done = run([*TORCHRUN, str(script)])
-    assert done.returncode != 0 and "SIGKILL" in done.stderr and re.search(r"rank\s*: 1", done.stderr), done.stderr[-3000:]
+    assert (
+        done.returncode != 0 and "SIGKILL" in done.stderr and re.search(r"rank\s*: 1", done.stderr)
+    ), done.stderr[-3000:]
     done = run([*TORCHRUN, "--max-restarts", "1", str(script)])
     assert done.returncode == 0 and (tmp_path / "deaths").read_text() == "2", done.stderr[-3000:]
     assert [r["step"] for r in log(tmp_path / "run")] == [1, 2, 3, 4, 5]
@@ -141,7 +174,11 @@ sys.exit(cli.main(["train", "tiny", *{SMALL!r}, "--steps", "3", "--out", {str(tm
     done = run([*TORCHRUN, str(script)])
     assert done.returncode == 0, done.stderr[-3000:]
     records = log(tmp_path / "run")
-    assert ["skipped" in r for r in records] == [False, True, False] and "another process" in records[1]["skipped"]
+    assert ["skipped" in r for r in records] == [
+        False,
+        True,
+        False,
+    ] and "another process" in records[1]["skipped"]
 
 
 def test_any_exception_in_one_rank_ends_all_with_its_message(tmp_path):
@@ -188,14 +225,24 @@ except MemoryError:
     time.sleep(600)                                                     # a process that does not die of its exception
 """)
     ports = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    both = [subprocess.Popen([sys.executable, str(script)], env={**ENV, **ports, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                             stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    both = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            env={**ENV, **ports, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
     try:
         _, said = both[0].communicate(timeout=120)
     finally:
         for process in both:
             process.kill()
-    assert both[0].returncode == 1 and "streamr1: stopped by process 1: MemoryError: out of memory" in said, said
+    assert (
+        both[0].returncode == 1
+        and "streamr1: stopped by process 1: MemoryError: out of memory" in said
+    ), said
 
 
 def free_port() -> int:
@@ -237,14 +284,20 @@ sys.exit(cli.main(["train", "tiny", *{SMALL!r}, "--steps", "2", "--sample-every"
     one = run([*CLI, "--steps", "2", "--sample-every", "2", "--out", str(tmp_path / "one")])
     assert one.returncode == 0, one.stderr
     a, b = (Image.open(tmp_path / name / "samples" / "step-000002.png") for name in ("run", "one"))
-    assert a.size == b.size and ImageChops.difference(a, b).getextrema()[0][1] <= 2                    # the same pictures
+    assert (
+        a.size == b.size and ImageChops.difference(a, b).getextrema()[0][1] <= 2
+    )  # the same pictures
 
 
 def test_the_timeout_is_the_one_that_was_set(monkeypatch):
     asked = {}
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(train.dist, "rendezvous", lambda url: iter([(train.dist.HashStore(), 0, 1)]))
-    monkeypatch.setattr(train.dist, "init_process_group", lambda *args, **kwargs: asked.update(kwargs))
+    monkeypatch.setattr(
+        train.dist, "rendezvous", lambda url: iter([(train.dist.HashStore(), 0, 1)])
+    )
+    monkeypatch.setattr(
+        train.dist, "init_process_group", lambda *args, **kwargs: asked.update(kwargs)
+    )
     monkeypatch.setattr(train.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(train, "init_device_mesh", lambda kind, shape: None)
     start_processes(timeout=7)
@@ -253,21 +306,35 @@ def test_the_timeout_is_the_one_that_was_set(monkeypatch):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_sigterm_saves_as_ctrl_c_does(tmp_path, number, code):
-    process = subprocess.Popen([*CLI, "--steps", "500", "--save-every", "500", "--out", str(tmp_path)], env=ENV,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*CLI, "--steps", "500", "--save-every", "500", "--out", str(tmp_path)],
+        env=ENV,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and (not (tmp_path / "log.jsonl").exists() or len(log(tmp_path)) < 2):
+    while time.monotonic() < deadline and (
+        not (tmp_path / "log.jsonl").exists() or len(log(tmp_path)) < 2
+    ):
         time.sleep(0.1)
     process.send_signal(number)
     _, said = process.communicate(timeout=120)
     saved = newest(tmp_path)[0]
-    assert process.returncode == code and saved is not None and saved.name == f"step-{len(log(tmp_path)):06d}"
+    assert (
+        process.returncode == code
+        and saved is not None
+        and saved.name == f"step-{len(log(tmp_path)):06d}"
+    )
     assert f"interrupted by {number.name}; saved {saved}" in said, said
 
 
 def test_fused_adam_resumes_where_it_was(tmp_path):
     """Its counters live on the parameters' device; the same steps as the plain one up to rounding."""
-    runs = {fused: trainer_in(tmp_path / str(fused), steps=2, save_every=1, fused=fused) for fused in (False, True)}
+    runs = {
+        fused: trainer_in(tmp_path / str(fused), steps=2, save_every=1, fused=fused)
+        for fused in (False, True)
+    }
     for trainer in runs.values():
         trainer.train(progress=False)
     again = trainer_in(tmp_path / "True", steps=2, fused=True)
@@ -298,7 +365,11 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(whole, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-100])
     again = trainer_in(tmp_path, steps=3, save_every=1)
     problems = again.resume()
-    assert again.step_count == 2 and "step-000003 is damaged" in problems[0] and shard.name in problems[0]
+    assert (
+        again.step_count == 2
+        and "step-000003 is damaged" in problems[0]
+        and shard.name in problems[0]
+    )
     again.train(progress=False)
     assert [r["step"] for r in log(tmp_path)] == [1, 2, 3] and newest(tmp_path)[0] == newest_one
     for checkpoint in tmp_path.glob("checkpoints/*"):
@@ -308,7 +379,9 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(whole, tmp_path):
 
 
 def trainer_in(folder, **settings):
-    cfg = replace(PRESETS["tiny"], distillation=Distillation(batch=1, frames=3, critic_steps=1), **settings)
+    cfg = replace(
+        PRESETS["tiny"], distillation=Distillation(batch=1, frames=3, critic_steps=1), **settings
+    )
     return Trainer(tiny_models(), SENTENCES, cfg, folder)
 
 
@@ -325,9 +398,17 @@ def test_half_written_checkpoints_are_not_seen(tmp_path):
 
 
 def test_ctrl_c_saves_and_exits_cleanly(tmp_path):
-    process = subprocess.Popen([*CLI, "--steps", "500", "--save-every", "400", "--out", str(tmp_path)], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*CLI, "--steps", "500", "--save-every", "400", "--out", str(tmp_path)],
+        env=ENV,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not ((tmp_path / "log.jsonl").exists() and (tmp_path / "log.jsonl").read_text().count("\n") >= 2):
+    while time.monotonic() < deadline and not (
+        (tmp_path / "log.jsonl").exists() and (tmp_path / "log.jsonl").read_text().count("\n") >= 2
+    ):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -342,22 +423,35 @@ def test_broken_student_stops_with_step_and_checkpoint(whole, tmp_path):
     broken = trainer_in(tmp_path, steps=6)
     broken.resume()
     next(broken.models.student.parameters()).data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match=r"student: its weights are not finite, at step 5; last good checkpoint: .*step-000004"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"student: its weights are not finite, at step 5; last good checkpoint: .*step-000004",
+    ):
         broken.train(progress=False)
 
 
 def test_gives_up_after_skips_in_a_row(tmp_path):
     trainer = trainer_in(tmp_path, steps=9, max_skipped=3)
     axes = trainer.models.reward.axes
-    trainer.models.reward = lambda pixels, prompts: {a: pixels.sum((1, 2, 3, 4)) * float("nan") for a in axes}
+    trainer.models.reward = lambda pixels, prompts: {
+        a: pixels.sum((1, 2, 3, 4)) * float("nan") for a in axes
+    }
     trainer.models.reward.axes = axes
-    with pytest.raises(FloatingPointError, match="3 steps in a row, the last because of step 3: .*not finite.*last good checkpoint: none"):
+    with pytest.raises(
+        FloatingPointError,
+        match="3 steps in a row, the last because of step 3: .*not finite.*last good checkpoint: none",
+    ):
         trainer.train(progress=False)
     assert trainer.skipped == 3
 
 
-@pytest.mark.parametrize("wrong, message", [(["--distillation.student-lr", "1"], "distillation.student_lr: 1.0, 0.0001"),
-                                            (["--weighting.beta", "1"], "weighting.beta: 1.0, 2.0")])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (["--distillation.student-lr", "1"], "distillation.student_lr: 1.0, 0.0001"),
+        (["--weighting.beta", "1"], "weighting.beta: 1.0, 2.0"),
+    ],
+)
 def test_other_settings_are_refused(whole, wrong, message):
     done = run([*CLI, *FIVE, "--out", str(whole), "--resume", *wrong])
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
@@ -368,11 +462,16 @@ def test_user_errors_before_training(whole, tmp_path):
     assert again.returncode == 2 and "go on with --resume" in again.stderr
     (tmp_path / "file").write_text("")
     blocked = run([*CLI, "--out", str(tmp_path / "file")])
-    assert blocked.returncode == 2 and "out: expected a folder that can be written" in blocked.stderr and "Traceback" not in blocked.stderr
+    assert (
+        blocked.returncode == 2
+        and "out: expected a folder that can be written" in blocked.stderr
+        and "Traceback" not in blocked.stderr
+    )
 
 
 def test_tensorboard_gets_every_step_once(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     trainer_in(tmp_path, steps=1, tensorboard=True).train(progress=False)
     again = trainer_in(tmp_path, steps=2, tensorboard=True)
     again.resume()
@@ -387,6 +486,7 @@ def test_tensorboard_gets_every_step_once(tmp_path, monkeypatch):
 
 def test_a_full_disk_is_found_before_training(tmp_path, monkeypatch):
     from streamr1_ref import cli, conventions
+
     usage = type("Usage", (), {"free": 1_000_000})
     monkeypatch.setattr(conventions.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(OSError, match=r"out: expected \d+ MB free for .*, there are 1 MB"):
@@ -397,13 +497,30 @@ def test_a_full_disk_is_found_before_training(tmp_path, monkeypatch):
 def test_uneven_processes_are_refused():
     class Mesh:
         device_type = "cpu"
-        def get_rank(self): return 0
-        def size(self): return 2
-    cfg = replace(PRESETS["tiny"], distillation=Distillation(batch=1, micro_batches=3, exit_group=2))
-    with pytest.raises(ValueError, match="micro_batches: expected a multiple of the 2 processes, got 3"):
+
+        def get_rank(self):
+            return 0
+
+        def size(self):
+            return 2
+
+    cfg = replace(
+        PRESETS["tiny"], distillation=Distillation(batch=1, micro_batches=3, exit_group=2)
+    )
+    with pytest.raises(
+        ValueError, match="micro_batches: expected a multiple of the 2 processes, got 3"
+    ):
         Trainer(tiny_models(), SENTENCES, cfg, "nowhere", Mesh())
-    with pytest.raises(ValueError, match="exit_group: expected a multiple of the 2 processes, got 1"):
-        Trainer(tiny_models(), SENTENCES, replace(cfg, distillation=Distillation(micro_batches=4)), "nowhere", Mesh())
+    with pytest.raises(
+        ValueError, match="exit_group: expected a multiple of the 2 processes, got 1"
+    ):
+        Trainer(
+            tiny_models(),
+            SENTENCES,
+            replace(cfg, distillation=Distillation(micro_batches=4)),
+            "nowhere",
+            Mesh(),
+        )
 
 
 def test_accumulated_gradient_is_the_mean_of_the_micro_batches():
@@ -421,16 +538,35 @@ def test_accumulated_gradient_is_the_mean_of_the_micro_batches():
 
 def test_an_attention_kernel_that_cannot_run_here_is_refused_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "advance", lambda self: pytest.fail("a step was taken"))
-    run_of = cli.TinyRun(**vars(PRESETS["tiny"]) | {"attention": "flash", "out": str(tmp_path / "run")})
-    with pytest.raises(ValueError, match="backend: flash needs an NVIDIA GPU, the network is on cpu"):
+    run_of = cli.TinyRun(
+        **vars(PRESETS["tiny"]) | {"attention": "flash", "out": str(tmp_path / "run")}
+    )
+    with pytest.raises(
+        ValueError, match="backend: flash needs an NVIDIA GPU, the network is on cpu"
+    ):
         cli.train(run_of)
 
 
 def test_a_preset_on_the_command_line_sets_the_defaults_and_flags_win():
-    args = ["wan-1.3b", "--preset", "stream-r1", "--teacher", "weights/wan-1.3b", "--distillation.guidance", "3"]
+    args = [
+        "wan-1.3b",
+        "--preset",
+        "stream-r1",
+        "--teacher",
+        "weights/wan-1.3b",
+        "--distillation.guidance",
+        "3",
+    ]
     made = tyro.cli(cli.train_command(cli.preset_of(args)).__annotations__["run"], args=args)
-    assert made.preset == "stream-r1" and made.teacher == "weights/wan-1.3b" and made.critic == "weights/wan-1.3b"
-    assert made.distillation == PRESETS["stream-r1"].distillation and made.weighting.saliency == "published"
+    assert (
+        made.preset == "stream-r1"
+        and made.teacher == "weights/wan-1.3b"
+        and made.critic == "weights/wan-1.3b"
+    )
+    assert (
+        made.distillation == PRESETS["stream-r1"].distillation
+        and made.weighting.saliency == "published"
+    )
 
 
 def test_processes_of_a_machine_load_one_after_the_other(tmp_path):
@@ -449,5 +585,7 @@ dist.destroy_process_group()
 """)
     done = run([*TORCHRUN, str(script), str(tmp_path)])
     assert done.returncode == 0, done.stderr[-2000:]
-    (_, first), (second, _) = (map(float, (tmp_path / f"turn-{rank}").read_text().split()) for rank in range(2))
+    (_, first), (second, _) = (
+        map(float, (tmp_path / f"turn-{rank}").read_text().split()) for rank in range(2)
+    )
     assert first <= second

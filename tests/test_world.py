@@ -1,13 +1,44 @@
 """Properties of the tiny world that hold for any input."""
+
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from streamr1_ref.world import (COLOURS, DEGRADATIONS, DIRECTIONS, SPEEDS, Caption, Oracle, WorldConfig, all_captions, blur, caption_split,
-                                circular_centre, degrade, digit_images, judge, mixed_clips, motion_error, parse_caption, placement,
-                                read_colour, read_glyphs, render, sample_clips)
+from streamr1_ref.tiny.metrics import (
+    Oracle,
+    circular_centre,
+    judge,
+    motion_error,
+    read_colour,
+    read_glyphs,
+)
+from streamr1_ref.tiny.world import (
+    COLOURS,
+    DEGRADATIONS,
+    DIRECTIONS,
+    SPEEDS,
+    Caption,
+    WorldConfig,
+    all_captions,
+    blur,
+    caption_split,
+    degrade,
+    digit_images,
+    mixed_clips,
+    parse_caption,
+    placement,
+    render,
+    sample_clips,
+)
 
-captions = st.builds(Caption, st.sampled_from(list(COLOURS)), st.integers(0, 9), st.sampled_from(list(DIRECTIONS)), st.sampled_from(list(SPEEDS)))
+captions = st.builds(
+    Caption,
+    st.sampled_from(list(COLOURS)),
+    st.integers(0, 9),
+    st.sampled_from(list(DIRECTIONS)),
+    st.sampled_from(list(SPEEDS)),
+)
 positions = st.floats(-200, 200, allow_nan=False, width=32)
 
 
@@ -36,17 +67,25 @@ def test_placement_keeps_ink_and_lives_on_a_circle(position, canvas):
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 1437), positions, positions, st.integers(-40, 40), st.integers(-40, 40))
 def test_centre_follows_any_shift(index, y, x, dy, dx):
-    image = digit_images()[0][index:index + 1].double()
-    at = lambda y, x: render(image, torch.tensor([[[y, x]]], dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64))
+    image = digit_images()[0][index : index + 1].double()
+    at = lambda y, x: render(
+        image, torch.tensor([[[y, x]]], dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64)
+    )
     step = circular_centre(at(y + dy, x + dx)) - circular_centre(at(y, x))
     error = (step[0, 0] - torch.tensor([dy, dx]) + 16) % 32 - 16
     assert error.abs().max() < 1e-6
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.lists(captions, min_size=1, max_size=4), st.integers(0, 2**31), st.sampled_from(["train", "heldout"]))
+@given(
+    st.lists(captions, min_size=1, max_size=4),
+    st.integers(0, 2**31),
+    st.sampled_from(["train", "heldout"]),
+)
 def test_clips_are_what_their_captions_say(wanted, seed, split):
-    pixels = sample_clips(wanted, torch.Generator().manual_seed(seed), WorldConfig(num_frames=9), split)
+    pixels = sample_clips(
+        wanted, torch.Generator().manual_seed(seed), WorldConfig(num_frames=9), split
+    )
     assert pixels.shape == (len(wanted), 9, 3, 32, 32) and pixels.min() >= 0 and pixels.max() <= 1
     assert read_colour(pixels) == [c.colour for c in wanted]
     assert motion_error(pixels, wanted).max() < 0.2
@@ -68,12 +107,18 @@ def test_degradations_keep_shape_range_and_input(kind, generator):
     spoiled = degrade(pixels, kind, generator)
     assert torch.equal(pixels, before), "the input must not change"
     assert ((spoiled - pixels).abs().amax((1, 2, 3, 4)) > 0.05).all(), "every clip must change"
-    assert spoiled.shape == pixels.shape and spoiled.min() >= 0 and spoiled.max() <= pixels.max() + 1e-5
+    assert (
+        spoiled.shape == pixels.shape
+        and spoiled.min() >= 0
+        and spoiled.max() <= pixels.max() + 1e-5
+    )
 
 
 def test_blur_works_on_clips_that_are_not_square(generator):
     x = torch.rand(1, 3, 3, 10, 14, generator=generator)
-    assert blur(x).shape == x.shape and torch.allclose(blur(torch.ones_like(x)), torch.ones_like(x), atol=1e-5)
+    assert blur(x).shape == x.shape and torch.allclose(
+        blur(torch.ones_like(x)), torch.ones_like(x), atol=1e-5
+    )
 
 
 def test_split_is_stable_and_disjoint():
@@ -84,7 +129,9 @@ def test_split_is_stable_and_disjoint():
     assert [str(c) for c in heldout[:3]] == recorded
     assert caption_split(seed=1)[1] != heldout
     ink, held = digit_images("train")[0], digit_images("heldout")[0]
-    assert not {tuple(x.flatten().tolist()) for x in ink[:400]} & {tuple(x.flatten().tolist()) for x in held}
+    assert not {tuple(x.flatten().tolist()) for x in ink[:400]} & {
+        tuple(x.flatten().tolist()) for x in held
+    }
 
 
 def test_metrics_of_noise_are_bad_and_finite(generator):
@@ -103,4 +150,3 @@ def test_mixed_clips_are_the_clean_ones_where_the_kind_is_clean(generator):
     clean = sample_clips(some, torch.Generator().manual_seed(3))
     same = [torch.equal(a, b) for a, b in zip(pixels, clean)]
     assert same == [k == "clean" for k in kinds]
-

@@ -1,4 +1,5 @@
 """The golden model of VideoReward, for tests: files of $STREAMR1_GOLDEN (default tests/golden) or its videoreward folder."""
+
 import json
 import os
 import re
@@ -8,9 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLModel
 
-from streamr1_ref.conventions import load_tensors
 from streamr1_ref.reward import AXES
-from streamr1_ref.video_reward import VideoReward
+from streamr1_ref.utils.files import load_tensors
+from streamr1_ref.wan.video_reward import VideoReward
 
 ROOT = Path(os.environ.get("STREAMR1_GOLDEN") or Path(__file__).parent / "golden")
 
@@ -30,7 +31,9 @@ def names(kind: str) -> list[str]:
 
 
 def load(name: str) -> tuple[dict, dict]:
-    return load_tensors(find(f"{name}.safetensors"))[0], json.loads(find(f"{name}.json").read_text())
+    return load_tensors(find(f"{name}.safetensors"))[0], json.loads(
+        find(f"{name}.json").read_text()
+    )
 
 
 def wording() -> str:
@@ -50,25 +53,45 @@ def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
 
 def config() -> Qwen2VLConfig:
     info = load("model")[1]
-    text = {k: v for k, v in info["config"].items() if k not in ("vision_config", "mrope_section", "rope_theta")}
-    rope = {"rope_type": "default", "mrope_section": info["config"]["mrope_section"],
-            "rope_theta": info["config"]["rope_theta"]}
-    ids = {f"{name}_token_id": info["token_ids"][f"<|{token}|>"] for name, token in
-           (("video", "video_pad"), ("image", "image_pad"), ("vision_start", "vision_start"))}
+    text = {
+        k: v
+        for k, v in info["config"].items()
+        if k not in ("vision_config", "mrope_section", "rope_theta")
+    }
+    rope = {
+        "rope_type": "default",
+        "mrope_section": info["config"]["mrope_section"],
+        "rope_theta": info["config"]["rope_theta"],
+    }
+    ids = {
+        f"{name}_token_id": info["token_ids"][f"<|{token}|>"]
+        for name, token in (
+            ("video", "video_pad"),
+            ("image", "image_pad"),
+            ("vision_start", "vision_start"),
+        )
+    }
     text |= {"rope_parameters": rope, "bos_token_id": 0, "eos_token_id": 1}
     return Qwen2VLConfig(text_config=text, vision_config=info["config"]["vision_config"], **ids)
 
 
 def network() -> tuple[Qwen2VLModel, nn.Linear]:
-    weights = {re.sub(r"^w\.(model\.)?", lambda m: "language_model." if m[1] else "", n): t
-               for n, t in load("model")[0].items()}
-    model, head = Qwen2VLModel(config()).eval(), nn.Linear(config().text_config.hidden_size, 3, bias=False)
+    weights = {
+        re.sub(r"^w\.(model\.)?", lambda m: "language_model." if m[1] else "", n): t
+        for n, t in load("model")[0].items()
+    }
+    model, head = (
+        Qwen2VLModel(config()).eval(),
+        nn.Linear(config().text_config.hidden_size, 3, bias=False),
+    )
     head.load_state_dict({"weight": weights.pop("rm_head.weight")})
     model.load_state_dict(weights)
     return model.requires_grad_(False), head.requires_grad_(False)
 
 
-def reward(kind: type = VideoReward, template: str | None = None, chat: bool = True, **settings) -> VideoReward:
+def reward(
+    kind: type = VideoReward, template: str | None = None, chat: bool = True, **settings
+) -> VideoReward:
     """The golden reward model, `kind` being VideoReward or a class of it."""
     model, head = network()
     size = tuple(load("model")[1]["size"])
