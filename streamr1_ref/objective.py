@@ -34,8 +34,8 @@ from .utils.checks import check_tensor
 from .utils.runtime import seeded
 
 # %% auto #0
-__all__ = ['METHODS', 'stream_r1_loss', 'Weighting', 'Judged', 'saliency_maps', 'judge_rollouts', 'Models', 'Distillation',
-           'shuffled', 'prompt_numbers', 'Distiller', 'clip_gradient']
+__all__ = ['METHODS', 'stream_r1_loss', 'WeightingConfig', 'Judged', 'saliency_maps', 'judge_rollouts', 'Models',
+           'DistillationConfig', 'shuffled', 'prompt_numbers', 'Distiller', 'clip_gradient']
 
 # %% ../nbs/12_stream_r1.ipynb #c0e2c3a6
 def stream_r1_loss(
@@ -75,7 +75,7 @@ def stream_r1_loss(
 
 # %% ../nbs/12_stream_r1.ipynb #126bdf39
 @dataclass(frozen=True)
-class Weighting:
+class WeightingConfig:
     """Which parts of Stream-R1 are on; the defaults are all of it, with the published numbers."""
 
     axes: tuple[str, ...] = AXES  # whose mean is the reward of a rollout
@@ -115,11 +115,11 @@ class Weighting:
 
 
 METHODS = {
-    "DMD": Weighting(beta=0, spatial=False, temporal=False, balance=0),
-    "Re-DMD": Weighting(axes=("MQ",), spatial=False, temporal=False, balance=0),
-    "inter": Weighting(spatial=False, temporal=False, balance=0),
-    "intra": Weighting(beta=0, balance=0),
-    "Stream-R1": Weighting(),
+    "DMD": WeightingConfig(beta=0, spatial=False, temporal=False, balance=0),
+    "Re-DMD": WeightingConfig(axes=("MQ",), spatial=False, temporal=False, balance=0),
+    "inter": WeightingConfig(spatial=False, temporal=False, balance=0),
+    "intra": WeightingConfig(beta=0, balance=0),
+    "Stream-R1": WeightingConfig(),
 }
 
 # %% ../nbs/12_stream_r1.ipynb #eb34d84b
@@ -166,7 +166,7 @@ def judge_rollouts(
     codec: LatentCodec,
     latents: torch.Tensor,
     prompts: list[str],
-    cfg: Weighting,
+    cfg: WeightingConfig,
 ) -> Judged:
     """Scores and weights of rollouts, latents [B,F,C,h,w], decoded once. FloatingPointError names a bad axis and clip."""
     grid = (latents.shape[1], *latents.shape[3:])
@@ -209,7 +209,7 @@ class Models:
 
 # %% ../nbs/12_stream_r1.ipynb #c8f341b9
 @dataclass(frozen=True)
-class Distillation:
+class DistillationConfig:
     """Settings of a distillation; the defaults suit the tiny world."""
 
     batch: int = 8  # clips of a micro-batch
@@ -259,7 +259,7 @@ def shuffled(i: int, n: int, seed: int) -> int:
     return torch.randperm(n, generator=seeded(seed, epoch, stream=2))[place].item()
 
 
-def prompt_numbers(cfg: Distillation, updates: int, n: int) -> list[int]:
+def prompt_numbers(cfg: DistillationConfig, updates: int, n: int) -> list[int]:
     """Which of `n` prompts the first `updates` student updates of a distillation read, each once, in ascending order."""
     wanted, seen = updates * (cfg.critic_steps + 1) * cfg.micro_batches * cfg.batch, set()
     for epoch in range(-(-wanted // n)):
@@ -281,8 +281,8 @@ class Distiller:
         self,
         models: Models,
         prompts: Sequence[str],
-        weighting: Weighting = Weighting(),
-        cfg: Distillation = Distillation(),
+        weighting: WeightingConfig = WeightingConfig(),
+        cfg: DistillationConfig = DistillationConfig(),
         fused: bool | None = None,
     ):
         if weighting.needs_reward and models.reward is None:

@@ -14,7 +14,7 @@ from streamr1_ref.transformer import WanConfig
 from streamr1_ref.wan.budget import (
     FIRST_EDITION,
     TYPED,
-    PlanSettings,
+    PlanConfig,
     as_typed,
     cheapest,
     check_memory,
@@ -50,7 +50,7 @@ def close(planned: float, measured: float) -> None:
 
 
 def true_size(name: str) -> WanConfig:
-    return resolved(PlanSettings(teacher=name))["teacher"]
+    return resolved(PlanConfig(teacher=name))["teacher"]
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -96,7 +96,7 @@ def test_reward_model_at_true_size():
 def test_a_whole_step_at_true_size():
     """Chapter 12's step: 1.3 B student and critic, 14 B teacher, VAE, VideoReward, 21 frames."""
     run = replace(PUBLISHED, micro_batches=1, exit_group=1, critic_steps=1, steps=(1000,))
-    s = PlanSettings(teacher="14B", critic="1.3B", distillation=run, gpus=1, sharded=False)
+    s = PlanConfig(teacher="14B", critic="1.3B", distillation=run, gpus=1, sharded=False)
     measured = metered_step(models_on_meta(s), run)
     measured["critic: update"] = measured["critic: backward"]
     phases = plan(s).phases
@@ -181,24 +181,22 @@ def test_gathered_layers_are_those_of_fsdp():
 def test_published_configurations():
     figures = {("14B", "1.3B"): (35, 50), ("14B", None): (65, 80), ("1.3B", None): (32, 46)}
     for (teacher, critic), (low, high) in figures.items():
-        budget = plan(PlanSettings(teacher=teacher, critic=critic))
+        budget = plan(PlanConfig(teacher=teacher, critic=critic))
         assert low < budget.peak / GIB < high
         assert budget.peak < plan(replace(budget.settings, **FIRST_EDITION)).peak - 60 * GIB
         assert budget.work > 0.7e18 and f"{budget.work / 1e15:7.0f}" in plan_table(budget)
-    large, published = (
-        plan(PlanSettings(teacher="14B", critic=critic)) for critic in (None, "1.3B")
-    )
+    large, published = (plan(PlanConfig(teacher="14B", critic=critic)) for critic in (None, "1.3B"))
     assert 3 < large.work / published.work < 3.3
 
 
 def test_the_first_edition_let_a_run_through_that_dies():
     """One GPU of 80 GB, teacher and text encoder offloaded: the old plan said 63 GiB."""
-    s = replace(PlanSettings(), gpus=1, offload=("teacher", "text encoder"))
+    s = replace(PlanConfig(), gpus=1, offload=("teacher", "text encoder"))
     assert plan(replace(s, **FIRST_EDITION)).peak > 80e9 > plan(s).peak
 
 
 def test_cheapest_change_first():
-    s = PlanSettings(teacher="14B", gpus=8)
+    s = PlanConfig(teacher="14B", gpus=8)
     single = cheapest(s, 70 * GIB)
     assert single == replace(s, text_ready=True)
     tight = cheapest(s, 40 * GIB)
@@ -213,7 +211,7 @@ def test_cheapest_change_first():
 
 @pytest.mark.parametrize("command", TYPED)
 def test_typed_words_are_complete(command):
-    before = PlanSettings(teacher="14B", gpus=8, dtype="float32", fused=False, checkpointing=False)
+    before = PlanConfig(teacher="14B", gpus=8, dtype="float32", fused=False, checkpointing=False)
     after = replace(
         before,
         critic="1.3B",
@@ -254,20 +252,20 @@ def test_a_gpu_that_cannot_hold_one_layer():
 )
 def test_settings_that_no_run_can_have(wrong, message):
     with pytest.raises(ValueError, match=message):
-        PlanSettings(**wrong)
+        PlanConfig(**wrong)
 
 
 def test_plain_dmd_needs_no_reward_model():
-    s = replace(PlanSettings(), weighting=METHODS["DMD"])
+    s = replace(PlanConfig(), weighting=METHODS["DMD"])
     assert "reward model" not in plan(s).resident and "student: reward" not in plan(s).phases
-    assert plan(s).peak < plan(PlanSettings()).peak - 8 * GIB
+    assert plan(s).peak < plan(PlanConfig()).peak - 8 * GIB
 
 
 def test_window_and_frames_change_the_plan():
-    short = replace(PlanSettings(), distillation=replace(PUBLISHED, frames=9))
+    short = replace(PlanConfig(), distillation=replace(PUBLISHED, frames=9))
     assert (
-        plan(short).peak < plan(PlanSettings()).peak
-        and plan(short).work < 0.4 * plan(PlanSettings()).work
+        plan(short).peak < plan(PlanConfig()).peak
+        and plan(short).work < 0.4 * plan(PlanConfig()).work
     )
     assert codec_cost("{}", 9, (60, 104)).kept == 33 * 3 * 480 * 832 * 4
 

@@ -16,7 +16,7 @@ from streamr1_ref.utils.video import read_mp4
 
 def streamr1(*args, **options):
     return subprocess.run(
-        [sys.executable, "-m", "streamr1_ref.cli", *map(str, args)],
+        [sys.executable, "-m", "streamr1_ref.cli.main", *map(str, args)],
         capture_output=True,
         text=True,
         **options,
@@ -103,7 +103,7 @@ def test_interruption_ends_with_130(tmp_path):
         [
             sys.executable,
             "-m",
-            "streamr1_ref.cli",
+            "streamr1_ref.cli.main",
             "train-teacher",
             "--run",
             str(tmp_path / "run"),

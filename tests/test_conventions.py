@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from streamr1_ref import conventions
+from streamr1_ref.utils import widgets
 from streamr1_ref.utils.files import load_tensors, save_tensors
 from streamr1_ref.utils.runtime import progress
 from streamr1_ref.utils.widgets import explore
@@ -19,7 +19,7 @@ def test_explore_shows_a_widget_in_a_live_session(monkeypatch):
 
     shown, drawn = [], []
     monkeypatch.delenv("STREAMR1_STATIC", raising=False)
-    monkeypatch.setattr(conventions, "display", shown.append)
+    monkeypatch.setattr(widgets, "display", shown.append)
     explore(lambda value: drawn.append(value), value=ipywidgets.IntSlider(value=3))
     assert len(shown) == 1 and isinstance(shown[0], ipywidgets.Widget)
     slider = shown[0].children[0]
@@ -37,14 +37,14 @@ def test_progress_is_silent_when_static(monkeypatch):
 DIES_HALFWAY = """
 import os, signal, sys, torch
 from safetensors.torch import save
-from streamr1_ref import conventions
+from streamr1_ref.utils import files, widgets
 def save_file(tensors, path, metadata=None):
     whole = save(tensors, metadata)
     with open(path, "wb") as file:
         file.write(whole[:len(whole) // 2])
     os.kill(os.getpid(), signal.SIGKILL)
-conventions.save_file = save_file
-conventions.save_tensors(sys.argv[1], {"w": torch.ones(200_000)})
+files.save_file = save_file
+files.save_tensors(sys.argv[1], {"w": torch.ones(200_000)})
 """
 
 

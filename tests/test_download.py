@@ -81,7 +81,7 @@ def test_a_dropped_connection_ends_with_one_line_and_the_second_attempt_fetches_
     command = [
         sys.executable,
         "-m",
-        "streamr1_ref.cli",
+        "streamr1_ref.cli.main",
         "download",
         "qwen2-vl",
         "--folder",

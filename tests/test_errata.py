@@ -9,12 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative_error
-
 from notebooks import NBS, ROOT, notebooks
+
 from streamr1_ref.cache import CacheConfig, make_cache
 from streamr1_ref.dmd import guided, score_timesteps
 from streamr1_ref.flow import FlowSchedule, apply_guidance
-from streamr1_ref.objective import METHODS, Distillation, Distiller, Weighting, judge_rollouts
+from streamr1_ref.objective import (
+    METHODS,
+    DistillationConfig,
+    Distiller,
+    WeightingConfig,
+    judge_rollouts,
+)
 from streamr1_ref.reliability import rollout_weight
 from streamr1_ref.rollout import StreamSampler, denoise_block, remember
 from streamr1_ref.saliency import patch_saliency, pixel_saliency, pool_to_latent
@@ -228,10 +234,12 @@ def test_one_forward_pass_gives_scores_and_saliency_of_all_clips():
     codec = load_codec(data_path("tiny_codec.safetensors"))
     latents = torch.randn(2, 3, 16, 8, 8, generator=seeded(0))
     counted = Counted(load_reward())
-    both = judge_rollouts(counted, codec, latents, PROMPTS, Weighting())
+    both = judge_rollouts(counted, codec, latents, PROMPTS, WeightingConfig())
     assert counted.batches == [2]
     for i in range(2):
-        alone = judge_rollouts(counted, codec, latents[i : i + 1], PROMPTS[i : i + 1], Weighting())
+        alone = judge_rollouts(
+            counted, codec, latents[i : i + 1], PROMPTS[i : i + 1], WeightingConfig()
+        )
         assert torch.allclose(alone.reward, both.reward[i : i + 1], atol=1e-4)
         assert torch.allclose(alone.intra_weight, both.intra_weight[i : i + 1], atol=1e-3)
     assert (both.reward[0] - both.reward[1]).abs() > 0.01
@@ -269,7 +277,7 @@ def test_a_step_decodes_once_and_encodes_nothing():
         replace(models, codec=Codec(models.codec)),
         PROMPTS,
         METHODS["Stream-R1"],
-        Distillation(batch=1, frames=3, critic_steps=1),
+        DistillationConfig(batch=1, frames=3, critic_steps=1),
     )
     assert "skipped" not in run.step() and Codec.calls == ["decode"]
 
@@ -405,7 +413,7 @@ def test_the_balance_window_gets_one_row_a_step():
         tiny_models(),
         PROMPTS,
         METHODS["Stream-R1"],
-        Distillation(batch=1, micro_batches=3, frames=3, critic_steps=0),
+        DistillationConfig(batch=1, micro_batches=3, frames=3, critic_steps=0),
     )
     record = run.step()
     assert len(run.balance.history) == 1
@@ -416,7 +424,7 @@ def test_the_balance_window_gets_one_row_a_step():
 def test_seed_0_is_a_seed():
     """Erratum 33: two runs with seed 0 draw the same sentences and the same noise."""
     models = tiny_models()
-    draw = lambda seed: Distiller(models, PROMPTS * 8, cfg=Distillation(seed=seed)).draw(3, 0)
+    draw = lambda seed: Distiller(models, PROMPTS * 8, cfg=DistillationConfig(seed=seed)).draw(3, 0)
     noise = lambda drawn: torch.randn(9, generator=drawn[0])
     first, second, other = draw(0), draw(0), draw(1)
     assert first[1:] == second[1:]
@@ -448,7 +456,7 @@ def test_scores_are_in_float32_whatever_the_model_computes_in():
 
 def test_the_critic_is_trained_before_the_student():
     """Erratum 38."""
-    cfg, order = Distillation(batch=1, frames=3, critic_steps=2), []
+    cfg, order = DistillationConfig(batch=1, frames=3, critic_steps=2), []
     run = Distiller(tiny_models(), PROMPTS, cfg=cfg)
     for name in ("critic", "student"):
         optimizer = getattr(run, f"{name}_optimizer")

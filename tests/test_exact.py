@@ -7,8 +7,8 @@ import torch
 
 from streamr1_ref.tiny.better_teacher import (
     Muon,
+    ScoreConfig,
     ScoreTrainer,
-    ScoreTraining,
     orthogonalise,
     save_next,
     score_batch,
@@ -135,7 +135,7 @@ def test_refusals_name_the_argument(small_codec):
 
 
 def test_a_stopped_training_ends_with_the_same_bits(small_codec, tmp_path):
-    cfg = ScoreTraining(batch=4, short_steps=3, short_latents=1, save_every=2)
+    cfg = ScoreConfig(batch=4, short_steps=3, short_latents=1, save_every=2)
 
     def trainer():
         return ScoreTrainer(cfg, small_codec, net_for(small_codec), SMALL)
@@ -150,7 +150,7 @@ def test_a_stopped_training_ends_with_the_same_bits(small_codec, tmp_path):
     logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("whole", "parts")]
     assert logs[0] == logs[1] and len(logs[0].splitlines()) == 3
     with pytest.raises(ValueError, match="was made with"):
-        other = ScoreTrainer(ScoreTraining(lr=1.0), small_codec, net_for(small_codec), SMALL)
+        other = ScoreTrainer(ScoreConfig(lr=1.0), small_codec, net_for(small_codec), SMALL)
         train_on_score(other, tmp_path / "whole", 8)
 
 
@@ -167,7 +167,7 @@ def net_for(codec):
 
 
 def test_saved_weights_come_back(small_codec, tmp_path):
-    cfg = ScoreTraining(batch=2, short_steps=0, save_every=1)
+    cfg = ScoreConfig(batch=2, short_steps=0, save_every=1)
     trainer = ScoreTrainer(cfg, small_codec, net_for(small_codec), SMALL)
     train_on_score(trainer, tmp_path, 1)
     path = save_next(tmp_path / "weights.safetensors", tmp_path / "checkpoint.safetensors")
@@ -180,7 +180,7 @@ def test_saved_weights_come_back(small_codec, tmp_path):
 def test_the_target_is_the_posterior_mean(small_codec):
     """Above `exact_from` the target is the exact flow, below it the clip's; there the two agree."""
     score, captions = ExactScore(small_codec, SMALL), caption_split()[0]
-    settings = [ScoreTraining(batch=16, exact_from=e, drop_caption=0.0) for e in (0.0, 1.0)]
+    settings = [ScoreConfig(batch=16, exact_from=e, drop_caption=0.0) for e in (0.0, 1.0)]
     exact, single = (score_batch(cfg, 3, score, captions) for cfg in settings)
     low = exact.sigma < 0.3
     assert torch.allclose(exact.flow[low], single.flow[low], atol=1e-2) and low.any()

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-
 from notebooks import (
     NBS,
     ROOT,
@@ -32,8 +31,8 @@ CHAPTERS = [p for p in ALL if p.name[:1].isdigit()]
 by_name = pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)
 
 
-def nbdev_copy(tmp_path, command, spoil):
-    """Run an nbdev command on a copy of what it reads and writes, which `spoil` damages first.
+def nbdev_copy(tmp_path, command, corrupt_by_levels):
+    """Run an nbdev command on a copy of what it reads and writes, which `corrupt_by_levels` damages first.
 
     Else a command that does nothing would leave what it should have written.
     """
@@ -45,7 +44,7 @@ def nbdev_copy(tmp_path, command, spoil):
         )
     for name in ("settings.ini", "setup.py", "README.md"):
         shutil.copy(ROOT / name, tmp_path / name)
-    spoil(tmp_path)
+    corrupt_by_levels(tmp_path)
     subprocess.run(
         [str(Path(sys.executable).parent / command)],
         cwd=tmp_path,

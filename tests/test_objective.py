@@ -9,7 +9,7 @@ from conftest import relative_error
 
 from streamr1_ref import objective
 from streamr1_ref.balance import AdaptiveBalance
-from streamr1_ref.objective import METHODS, Distillation, Distiller, stream_r1_loss
+from streamr1_ref.objective import METHODS, DistillationConfig, Distiller, stream_r1_loss
 from streamr1_ref.tiny.models import tiny_models
 from streamr1_ref.tiny.world import caption_split
 
@@ -60,7 +60,7 @@ def same(before, net):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_takes_a_step(method):
     run = Distiller(
-        tiny_models(), SENTENCES, METHODS[method], Distillation(batch=2, critic_steps=1)
+        tiny_models(), SENTENCES, METHODS[method], DistillationConfig(batch=2, critic_steps=1)
     )
     before = weights(run.models.student), weights(run.models.critic), weights(run.models.teacher)
     record = run.step()
@@ -89,7 +89,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(where, critic_steps, s
             models,
             SENTENCES,
             METHODS["Stream-R1"],
-            Distillation(batch=2, critic_steps=critic_steps),
+            DistillationConfig(batch=2, critic_steps=critic_steps),
         ),
         models.reward,
     )
@@ -118,7 +118,7 @@ def test_a_skipped_step_does_not_repeat_itself():
     models = tiny_models()
     run, good = (
         Distiller(
-            models, SENTENCES, METHODS["DMD"], Distillation(batch=1, critic_steps=0, frames=3)
+            models, SENTENCES, METHODS["DMD"], DistillationConfig(batch=1, critic_steps=0, frames=3)
         ),
         models.reward,
     )
@@ -143,7 +143,7 @@ def test_penalty_scales_the_whole_gradient():
             tiny_models(),
             SENTENCES,
             replace(METHODS["inter"], balance=balance, balance_window=4, balance_warmup=2),
-            Distillation(batch=1, micro_batches=2, critic_steps=0, frames=3, clip_norm=1e9),
+            DistillationConfig(batch=1, micro_batches=2, critic_steps=0, frames=3, clip_norm=1e9),
         )
         run.student_optimizer.step = lambda: None
         records = [run.step() for _ in range(3)]
@@ -174,7 +174,7 @@ def test_the_balance_window_moves_only_when_a_step_succeeded(monkeypatch):
         tiny_models(),
         ["a red 3 moving up"] * 4,
         METHODS["Stream-R1"],
-        Distillation(batch=2, critic_steps=1),
+        DistillationConfig(batch=2, critic_steps=1),
     )
     whole = objective.clip_gradient
     monkeypatch.setattr(
@@ -196,7 +196,7 @@ def test_the_negative_prompt_is_embedded_once_and_is_the_one_that_was_set():
         models,
         ["a red 3 moving up"] * 4,
         METHODS["DMD"],
-        Distillation(
+        DistillationConfig(
             batch=1, micro_batches=2, critic_steps=1, negative_prompt="a blue 7 moving down"
         ),
     )
@@ -208,7 +208,7 @@ def test_the_negative_prompt_is_embedded_once_and_is_the_one_that_was_set():
         tiny_models(),
         ["a red 3 moving up"] * 4,
         METHODS["DMD"],
-        Distillation(batch=1, micro_batches=2, critic_steps=1),
+        DistillationConfig(batch=1, micro_batches=2, critic_steps=1),
     )
     assert plain.step()["loss"] != first["loss"]
 
@@ -220,7 +220,7 @@ def test_context_noise_as_published_changes_the_rollout_and_the_default_does_not
             tiny_models(),
             ["a red 3 moving up"] * 4,
             METHODS["DMD"],
-            Distillation(batch=1, context_lookup=lookup),
+            DistillationConfig(batch=1, context_lookup=lookup),
         )
         for lookup in ("exact", "nearest")
     )

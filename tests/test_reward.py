@@ -6,8 +6,8 @@ import torch
 from streamr1_ref.reward import AXES, pair_logits
 from streamr1_ref.tiny.codec import load_codec
 from streamr1_ref.tiny.reward import (
+    RewardConfig,
     RewardTrainer,
-    RewardTraining,
     TinyReward,
     load_reward,
     pair_accuracy,
@@ -50,7 +50,7 @@ def test_ties_are_no_comparisons():
 
 
 def test_training_resumes_bit_for_bit(codec, tmp_path):
-    cfg = RewardTraining(steps=4, batch=4, save_every=2)
+    cfg = RewardConfig(steps=4, batch=4, save_every=2)
     whole, part, resumed = (RewardTrainer(cfg, codec) for _ in range(3))
     run_training(whole, tmp_path / "a", "s", "reward", progress=False)
     stop = iter([None, None, KeyboardInterrupt()])
@@ -75,6 +75,6 @@ def test_training_resumes_bit_for_bit(codec, tmp_path):
 def test_initial_weights_do_not_touch_the_global_random_state(codec):
     torch.manual_seed(3)
     before = torch.random.get_rng_state()
-    RewardTrainer(RewardTraining(), codec)
+    RewardTrainer(RewardConfig(), codec)
     assert torch.equal(before, torch.random.get_rng_state())
     assert isinstance(load_reward(), TinyReward)

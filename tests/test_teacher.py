@@ -12,7 +12,7 @@ import torch
 from streamr1_ref.tiny.codec import load_codec
 from streamr1_ref.tiny.metrics import Oracle, judge
 from streamr1_ref.tiny.teacher import (
-    TeacherTraining,
+    TeacherConfig,
     TextToLatents,
     load_teacher,
     train_teacher,
@@ -26,7 +26,7 @@ from streamr1_ref.utils.runtime import seeded
 NET = "WanConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=1)"
 RUN = (
     "import sys, torch; torch.set_num_threads(1)\nfrom streamr1_ref.teacher import *\nfrom streamr1_ref.transformer import WanConfig\n"
-    f"train_teacher(TeacherTraining(steps=60, batch=1, save_every=7), sys.argv[1], net={NET}, progress=False)"
+    f"train_teacher(TeacherConfig(steps=60, batch=1, save_every=7), sys.argv[1], net={NET}, progress=False)"
 )
 
 
@@ -56,7 +56,7 @@ def test_killed_and_resumed_training_ends_with_the_same_bits(tmp_path):
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
     cfg, net = (
-        TeacherTraining(steps=2, batch=1, save_every=1),
+        TeacherConfig(steps=2, batch=1, save_every=1),
         WanConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=1),
     )
     train_teacher(cfg, tmp_path, net=net, progress=False)
@@ -68,16 +68,11 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
 
 def test_other_settings_are_refused_before_work(tmp_path):
     net = WanConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=1)
-    train_teacher(
-        TeacherTraining(steps=1, batch=1, save_every=1), tmp_path, net=net, progress=False
-    )
+    train_teacher(TeacherConfig(steps=1, batch=1, save_every=1), tmp_path, net=net, progress=False)
     before = (tmp_path / "log.jsonl").read_text()
     with pytest.raises(ValueError, match="was made with"):
         train_teacher(
-            TeacherTraining(steps=1, batch=1, save_every=1, lr=1.0),
-            tmp_path,
-            net=net,
-            progress=False,
+            TeacherConfig(steps=1, batch=1, save_every=1, lr=1.0), tmp_path, net=net, progress=False
         )
     assert (tmp_path / "log.jsonl").read_text() == before
 
@@ -89,7 +84,7 @@ def test_shipped_teacher_fits_its_limits():
     assert {t.dtype for t in tensors.values()} == {torch.float16} and all(
         t.isfinite().all() for t in tensors.values()
     )
-    assert json.loads(metadata["training"])["seed"] == TeacherTraining().seed
+    assert json.loads(metadata["training"])["seed"] == TeacherConfig().seed
     assert sum(t.numel() for t in tensors.values()) == sum(
         p.numel() for p in TextToLatents().parameters()
     )
@@ -108,7 +103,7 @@ def test_batches_never_show_heldout_captions():
     shown = {
         sentence
         for step in range(0, 40, 8)
-        for sentence in training_batch(TeacherTraining(batch=8), step, codec, train)[3]
+        for sentence in training_batch(TeacherConfig(batch=8), step, codec, train)[3]
     }
     assert (
         len(shown) > 20 and shown <= {"", *map(str, train)} and shown.isdisjoint(map(str, heldout))

@@ -18,10 +18,11 @@ import torch
 import tyro
 from PIL import Image, ImageChops
 
-from streamr1_ref import cli, train
-from streamr1_ref.objective import Distillation, Distiller
+from streamr1_ref.cli import main as cli
+from streamr1_ref.objective import DistillationConfig, Distiller
 from streamr1_ref.tiny.models import tiny_models
 from streamr1_ref.tiny.world import caption_split
+from streamr1_ref.training import trainer as train
 from streamr1_ref.training.trainer import PRESETS, Trainer, newest, start_processes
 from streamr1_ref.wan.checkpoints import compile_blocks
 
@@ -39,7 +40,7 @@ SMALL = [
     "--distillation.exit-group",
     "2",
 ]
-CLI = [sys.executable, "-m", "streamr1_ref.cli", "train", "tiny", *SMALL]
+CLI = [sys.executable, "-m", "streamr1_ref.cli.main", "train", "tiny", *SMALL]
 FIVE = ["--steps", "5"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
@@ -59,7 +60,9 @@ def checkpoint_tensors(folder):
     """All that a checkpoint holds, as one process reads it."""
     cfg = replace(
         PRESETS["tiny"],
-        distillation=Distillation(batch=1, frames=3, critic_steps=1, micro_batches=2, exit_group=2),
+        distillation=DistillationConfig(
+            batch=1, frames=3, critic_steps=1, micro_batches=2, exit_group=2
+        ),
     )
     trainer = Trainer(tiny_models(), SENTENCES, cfg, folder)
     assert trainer.resume() == []
@@ -133,7 +136,8 @@ def test_a_rank_that_dies_stops_the_others_and_torchrun_resumes(whole, tmp_path)
     script.write_text(f"""
 import os, signal, sys
 from pathlib import Path
-from streamr1_ref import cli, train
+from streamr1_ref.cli import main as cli
+from streamr1_ref.training import trainer as train
 deaths, original = Path({str(tmp_path / "deaths")!r}), train.Trainer.advance
 def advance(self):
     count = int(deaths.read_text()) if deaths.exists() else 0
@@ -159,7 +163,8 @@ def test_trouble_in_one_rank_is_everyones(tmp_path):
     script = tmp_path / "trouble.py"
     script.write_text(f"""
 import sys
-from streamr1_ref import cli, objective
+from streamr1_ref import objective
+from streamr1_ref.cli import main as cli
 original = objective.judge_rollouts
 def judge_rollouts(model, codec, latents, prompts, cfg):
     import torch.distributed as dist
@@ -186,7 +191,9 @@ def test_any_exception_in_one_rank_ends_all_with_its_message(tmp_path):
     script = tmp_path / "full.py"
     script.write_text(f"""
 import sys, time
-from streamr1_ref import cli, objective, train
+from streamr1_ref import objective
+from streamr1_ref.cli import main as cli
+from streamr1_ref.training import trainer as train
 original = objective.judge_rollouts
 def judge_rollouts(*args):
     import torch.distributed as dist
@@ -257,7 +264,8 @@ def test_every_rank_reads_its_own_files_and_makes_its_own_pictures(tmp_path):
     script.write_text(f"""
 import os, sys
 from pathlib import Path
-from streamr1_ref import cli, train
+from streamr1_ref.cli import main as cli
+from streamr1_ref.training import trainer as train
 rank, folder = os.environ["RANK"], Path({str(tmp_path)!r})
 checksum, sample = train.checksum, train.Trainer.sample
 def noted(path):
@@ -380,7 +388,9 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(whole, tmp_path):
 
 def trainer_in(folder, **settings):
     cfg = replace(
-        PRESETS["tiny"], distillation=Distillation(batch=1, frames=3, critic_steps=1), **settings
+        PRESETS["tiny"],
+        distillation=DistillationConfig(batch=1, frames=3, critic_steps=1),
+        **settings,
     )
     return Trainer(tiny_models(), SENTENCES, cfg, folder)
 
@@ -485,10 +495,11 @@ def test_tensorboard_gets_every_step_once(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_found_before_training(tmp_path, monkeypatch):
-    from streamr1_ref import cli, conventions
+    from streamr1_ref.cli import main as cli
+    from streamr1_ref.utils import files
 
     usage = type("Usage", (), {"free": 1_000_000})
-    monkeypatch.setattr(conventions.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(OSError, match=r"out: expected \d+ MB free for .*, there are 1 MB"):
         cli.train(cli.TinyRun(out=str(tmp_path / "run")))
     assert not list((tmp_path / "run").iterdir())
@@ -505,7 +516,7 @@ def test_uneven_processes_are_refused():
             return 2
 
     cfg = replace(
-        PRESETS["tiny"], distillation=Distillation(batch=1, micro_batches=3, exit_group=2)
+        PRESETS["tiny"], distillation=DistillationConfig(batch=1, micro_batches=3, exit_group=2)
     )
     with pytest.raises(
         ValueError, match="micro_batches: expected a multiple of the 2 processes, got 3"
@@ -517,14 +528,14 @@ def test_uneven_processes_are_refused():
         Trainer(
             tiny_models(),
             SENTENCES,
-            replace(cfg, distillation=Distillation(micro_batches=4)),
+            replace(cfg, distillation=DistillationConfig(micro_batches=4)),
             "nowhere",
             Mesh(),
         )
 
 
 def test_accumulated_gradient_is_the_mean_of_the_micro_batches():
-    cfg = Distillation(batch=1, frames=3, micro_batches=3, critic_steps=0, clip_norm=1e9)
+    cfg = DistillationConfig(batch=1, frames=3, micro_batches=3, critic_steps=0, clip_norm=1e9)
     run = Distiller(tiny_models(), SENTENCES, cfg=cfg)
     parts = []
     for micro in range(3):

@@ -14,10 +14,10 @@ from conftest import relative_error
 from transformers import Qwen2VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from streamr1_ref import video_reward as module
 from streamr1_ref.reward import AXES
 from streamr1_ref.saliency import pixel_saliency
 from streamr1_ref.utils.files import load_tensors, save_tensors
+from streamr1_ref.wan import video_reward as module
 from streamr1_ref.wan.build import SMALL, Sizes, random_reward
 from streamr1_ref.wan.video_reward import (
     OWN_WORDING,

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast, Qwen2VLModel
 
-from streamr1_ref import cli
+from streamr1_ref.cli import main as cli
 from streamr1_ref.training.trainer import PRESETS
 from streamr1_ref.transformer import WanTransformer
 from streamr1_ref.utils.files import load_tensors, save_tensors
@@ -165,7 +165,7 @@ def test_processes_mixed_precision_recomputing_and_offloading(downloads, tmp_pat
             "--nproc-per-node",
             "2",
             "-m",
-            "streamr1_ref.cli",
+            "streamr1_ref.cli.main",
             "train",
             "wan-1.3b",
             *flags,

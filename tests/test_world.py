@@ -15,7 +15,7 @@ from streamr1_ref.tiny.metrics import (
 )
 from streamr1_ref.tiny.world import (
     COLOURS,
-    DEGRADATIONS,
+    CORRUPTIONS,
     DIRECTIONS,
     SPEEDS,
     Caption,
@@ -23,7 +23,7 @@ from streamr1_ref.tiny.world import (
     all_captions,
     blur,
     caption_split,
-    degrade,
+    corrupt,
     digit_images,
     mixed_clips,
     parse_caption,
@@ -100,11 +100,11 @@ def test_other_world_sizes(size, generator):
     assert glyphs.shape == (3, size[2], 8, 8) and glyphs.amax((2, 3)).min() > 0.99
 
 
-@pytest.mark.parametrize("kind", DEGRADATIONS)
+@pytest.mark.parametrize("kind", CORRUPTIONS)
 def test_degradations_keep_shape_range_and_input(kind, generator):
     pixels = sample_clips(all_captions()[:4], generator)
     before = pixels.clone()
-    spoiled = degrade(pixels, kind, generator)
+    spoiled = corrupt(pixels, kind, generator)
     assert torch.equal(pixels, before), "the input must not change"
     assert ((spoiled - pixels).abs().amax((1, 2, 3, 4)) > 0.05).all(), "every clip must change"
     assert (

@@ -31,7 +31,7 @@ from ..attention import BACKENDS, set_attention, why_not
 from ..cache import CacheConfig
 from streamr1_ref.objective import (
     METHODS,
-    Distillation,
+    DistillationConfig,
     Distiller,
     Models,
     judge_rollouts,
@@ -40,21 +40,28 @@ from streamr1_ref.objective import (
 from ..pipeline import StreamR1Pipeline
 from ..rollout import Stream, StreamSampler
 from ..saliency import pixel_saliency
-from ..tiny.ablation import Ablation, ablate, collect_logs, distil, measure, pipeline_of
+from streamr1_ref.tiny.ablation import (
+    AblationConfig,
+    ablate,
+    collect_logs,
+    distil,
+    measure,
+    pipeline_of,
+)
 from ..tiny.codec import load_codec, save_codec
 from ..tiny.metrics import Oracle
 from ..tiny.models import tiny_models
 from streamr1_ref.tiny.reward import (
+    RewardConfig,
     RewardTrainer,
-    RewardTraining,
     calibrate,
     load_reward,
     pair_accuracy,
     save_reward,
 )
 from streamr1_ref.tiny.student import (
+    StudentConfig,
     StudentTrainer,
-    StudentTraining,
     drift,
     load_ode_pairs,
     load_student,
@@ -62,7 +69,7 @@ from streamr1_ref.tiny.student import (
     policies,
 )
 from streamr1_ref.tiny.teacher import (
-    TeacherTraining,
+    TeacherConfig,
     codec_floor,
     evaluate_teacher,
     load_teacher,
@@ -87,9 +94,9 @@ from ..utils.runtime import default_device, default_dtype, seeded
 from ..utils.runtime import progress as progress_bar
 from ..utils.video import film_strip, side_by_side, write_gif, write_mp4
 from streamr1_ref.wan.budget import (
-    PlanSettings,
+    PlanConfig,
     check_memory,
-    parameter_count,
+    num_parameters,
     plan,
     plan_table,
     preset_settings,
@@ -218,7 +225,7 @@ def demo(
         writable_folder(out, needs=200_000_000),
         data_path("prompts.txt").read_text().splitlines()[:count],
     )
-    budget = Ablation(steps=steps, captions=captions, drift_captions=0)
+    budget = AblationConfig(steps=steps, captions=captions, drift_captions=0)
     reward, strip, rows, logs = load_reward(), [], {}, {}
     for name in ("before", "DMD", "Stream-R1"):
         if name == "before":
@@ -442,13 +449,13 @@ def check(self: WanRun, processes: int) -> None:
 
 
 @patch
-def plan_settings(self: WanRun, nets: Sequence[WanConfig], processes: int) -> PlanSettings:
+def plan_settings(self: WanRun, nets: Sequence[WanConfig], processes: int) -> PlanConfig:
     "The run for `plan`, its networks being of the sizes in `nets`: student, teacher, critic."
     named = [name if (name := model_size(cfg)) in SIZES else cfg for cfg in nets]
     ready = self.embeddings is not None and not self.text(encoder=False).missing(
         self.needed_prompts()
     )
-    return PlanSettings(
+    return PlanConfig(
         self.distillation,
         *named,
         gpus=processes,
@@ -685,9 +692,9 @@ class PlanRun:
         None  # weighting; None: the preset's
     )
     memory: float | None = None  # GiB of a GPU: say what would make a run fit that does not
-    distillation: Distillation = PRESETS["wan-1.3b"].distillation
+    distillation: DistillationConfig = PRESETS["wan-1.3b"].distillation
 
-    def settings(self) -> PlanSettings:
+    def settings(self) -> PlanConfig:
         "What `plan` needs to know of this run."
         weighting = METHODS[self.method] if self.method else PRESETS[self.preset].weighting
         sizes = (
@@ -1013,7 +1020,7 @@ def evaluate(
         drift_captions: How many of them are streamed for a minute; 0 for none.
         seed: Of the noise.
     """
-    cfg = Ablation(captions=captions, drift_captions=drift_captions)
+    cfg = AblationConfig(captions=captions, drift_captions=drift_captions)
     for name, value in measure(
         StreamR1Pipeline.from_pretrained(pipeline), load_reward(), cfg, seed
     ).items():
@@ -1021,7 +1028,8 @@ def evaluate(
 
 
 def ablation(
-    cfg: Annotated[Ablation, tyro.conf.arg(name="")] = Ablation(), out: str = "runs/ablation"
+    cfg: Annotated[AblationConfig, tyro.conf.arg(name="")] = AblationConfig(),
+    out: str = "runs/ablation",
 ) -> None:
     """Run the ablation of chapter 16, or go on with one that was interrupted.
 
@@ -1082,7 +1090,7 @@ def thin_log(lines: list[str], every: int = 50) -> list[dict]:
 
 # %% ../../nbs/cli/cli.ipynb #6bcb2450
 def train_teacher_command(
-    training: TeacherTraining = TeacherTraining(),
+    training: TeacherConfig = TeacherConfig(),
     net: WanConfig = WanConfig(),
     run: str = "runs/tiny_teacher",
     out: str = "data_samples",
@@ -1157,7 +1165,7 @@ def make_pairs(
 
 
 def initialise_student(
-    training: StudentTraining = StudentTraining(),
+    training: StudentConfig = StudentConfig(),
     pairs: str = "runs/tiny_pairs",
     run: str = "runs/tiny_student",
     out: str = "data_samples",
@@ -1222,7 +1230,7 @@ def evaluate_student(
 
 # %% ../../nbs/cli/cli.ipynb #cdaa9354
 def train_reward(
-    training: RewardTraining = RewardTraining(),
+    training: RewardConfig = RewardConfig(),
     run: str = "runs/tiny_reward",
     out: str = "data_samples",
 ) -> None:
@@ -1583,7 +1591,7 @@ def bench_step(batch: int, repeats: int, steps: int) -> None:
         tiny_models(),
         [str(c) for c in caption_split()[0]],
         METHODS["Stream-R1"],
-        Distillation(batch=batch),
+        DistillationConfig(batch=batch),
     )
     step = watch.wrap(distiller.step, "step")
     step()
@@ -1661,7 +1669,7 @@ def bench_wan(
     split = split_times(stream, decode, 10, inside="network" not in compile)
     h, w = (pipe.codec.space_stride * n for n in sizes.net.latent_size)
     print(
-        f"{machine}, torch {torch.__version__}, {parameter_count(sizes.net):,} parameters in {embeds.dtype}, {h} x {w} pixels, window {window_frames}, sink {sink}, {attention}{', compiled: ' + ' and '.join(compile) if compile else ''}"
+        f"{machine}, torch {torch.__version__}, {num_parameters(sizes.net):,} parameters in {embeds.dtype}, {h} x {w} pixels, window {window_frames}, sink {sink}, {attention}{', compiled: ' + ' and '.join(compile) if compile else ''}"
     )
     rows = {
         "text, once a prompt": latency["text"],
@@ -1711,7 +1719,7 @@ class BenchWanStep:
 
 def plan_of_bench(
     run: BenchWanStep, name: str, world: int, dtype: torch.dtype
-) -> tuple[Sizes, PlanSettings]:
+) -> tuple[Sizes, PlanConfig]:
     """Sizes of all parts and the plan's settings of a benchmark with one clip per process and update."""
     sizes = SIZES_FOR_BENCH[name]
     frames = {"full": 21, "wide": 6, "small": 3}[name]
@@ -1724,7 +1732,7 @@ def plan_of_bench(
     )
     full = name == "full"
     pixels = tuple(8 * n for n in sizes.net.latent_size)
-    return sizes, PlanSettings(
+    return sizes, PlanConfig(
         step,
         "1.3B" if full else sizes.net,
         run.teacher if full else sizes.net,
@@ -1804,7 +1812,7 @@ def bench_wan_step(run: BenchWanStep) -> None:
 # %% ../../nbs/cli/cli.ipynb #c5049275
 def report_wan_step(
     run: BenchWanStep,
-    settings: PlanSettings,
+    settings: PlanConfig,
     watch: Stopwatch,
     record: dict,
     used: float,

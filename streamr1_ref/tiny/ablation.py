@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..objective import METHODS, Distillation, Distiller
+from ..objective import METHODS, DistillationConfig, Distiller
 from ..pipeline import StreamR1Pipeline
 from ..ports import RewardModel
 from ..rollout import StreamSampler
@@ -26,8 +26,8 @@ from ..utils.runtime import progress as progress_bar
 from ..utils.runtime import seeded
 
 # %% auto #0
-__all__ = ['INTER', 'FULL', 'VARIANTS', 'Ablation', 'spread', 'measure', 'distil', 'pipeline_of', 'run_variant', 'read_rows',
-           'write_rows', 'ablate', 'collect_logs', 'paired']
+__all__ = ['INTER', 'FULL', 'VARIANTS', 'AblationConfig', 'spread', 'measure', 'distil', 'pipeline_of', 'run_variant',
+           'read_rows', 'write_rows', 'ablate', 'collect_logs', 'paired']
 
 # %% ../../nbs/tiny/16_ablation.ipynb #63da228e
 INTER, FULL = METHODS["inter"], METHODS["Stream-R1"]
@@ -48,7 +48,7 @@ VARIANTS = {
 
 # %% ../../nbs/tiny/16_ablation.ipynb #3490d173
 @dataclass(frozen=True)
-class Ablation:
+class AblationConfig:
     """The budget that every variant gets, and what is measured after it."""
 
     seeds: int = 5
@@ -70,7 +70,7 @@ def spread(captions: list[Caption], count: int) -> list[Caption]:
 
 # %% ../../nbs/tiny/16_ablation.ipynb #72d11010
 def measure(
-    pipe: StreamR1Pipeline, reward: RewardModel, cfg: Ablation, seed: int
+    pipe: StreamR1Pipeline, reward: RewardModel, cfg: AblationConfig, seed: int
 ) -> dict[str, float]:
     """Oracle metrics and rewards of clips as long as in training, and the change of the metrics over a stream of `drift_seconds`.
 
@@ -115,14 +115,14 @@ def measure(
 
 # %% ../../nbs/tiny/16_ablation.ipynb #472a4c71
 def distil(
-    variant: str, seed: int, cfg: Ablation, progress: bool = False
+    variant: str, seed: int, cfg: AblationConfig, progress: bool = False
 ) -> tuple[Distiller, list[dict]]:
     """Distil the shipped start with one variant and one seed; returns the run and its records."""
     models = tiny_models(data_path("tiny_start.safetensors"))
     weighting = replace(
         VARIANTS[variant], balance_window=cfg.balance_window, balance_warmup=cfg.balance_window
     )
-    settings = Distillation(
+    settings = DistillationConfig(
         batch=cfg.batch, critic_steps=cfg.critic_steps, frames=cfg.frames, seed=seed
     )
     run = Distiller(models, [str(c) for c in caption_split()[0]], weighting, settings)
@@ -152,7 +152,7 @@ def pipeline_of(run: Distiller) -> StreamR1Pipeline:
 
 
 def run_variant(
-    variant: str, seed: int, cfg: Ablation, log: Path | None = None
+    variant: str, seed: int, cfg: AblationConfig, log: Path | None = None
 ) -> dict[str, float]:
     """`distil` and `measure`; steps are recorded in `log` as JSON lines."""
     run, records = distil(variant, seed, cfg)
@@ -200,7 +200,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 # %% ../../nbs/tiny/16_ablation.ipynb #be113680
 def ablate(
-    cfg: Ablation,
+    cfg: AblationConfig,
     folder: str | Path,
     variants: Sequence[str] = tuple(VARIANTS),
     progress: bool = True,

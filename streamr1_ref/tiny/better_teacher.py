@@ -26,10 +26,10 @@ from ..utils.files import data_path, load_tensors, save_tensors
 from ..utils.runtime import seeded
 
 # %% auto #0
-__all__ = ['NEXT_NET', 'LEVELS', 'next_codec', 'hand_noise_through', 'ScoreTraining', 'ScoreBatch', 'score_batch',
-           'orthogonalise', 'Muon', 'by_level', 'make_optimizers', 'ScoreTrainer', 'checkpoint_of', 'go_on_from',
-           'train_on_score', 'save_next', 'judge_samples', 'judge_real', 'go_on_from_weights', 'train_next',
-           'cool_next', 'export_next', 'evaluate_next']
+__all__ = ['NEXT_NET', 'LEVELS', 'next_codec', 'hand_noise_through', 'ScoreConfig', 'ScoreBatch', 'score_batch', 'orthogonalise',
+           'Muon', 'by_level', 'make_optimizers', 'ScoreTrainer', 'checkpoint_of', 'go_on_from', 'train_on_score',
+           'save_next', 'judge_samples', 'judge_real', 'go_on_from_weights', 'train_next', 'cool_next', 'export_next',
+           'evaluate_next']
 
 # %% ../../nbs/tiny/03d_better_teacher.ipynb #c51a0455
 NEXT_NET = WanConfig(dim=192, ffn_dim=768, num_heads=6, num_layers=3)  # 2.1 million parameters
@@ -64,7 +64,7 @@ def hand_noise_through(model: TextToLatents) -> None:
 
 # %% ../../nbs/tiny/03d_better_teacher.ipynb #6be42980
 @dataclass(frozen=True)
-class ScoreTraining:
+class ScoreConfig:
     """Settings of a training on the exact score; raises ValueError for impossible ones."""
 
     batch: int = 24  # clips of full length; of short ones more, with as many frames
@@ -102,7 +102,7 @@ class ScoreBatch:
 
 
 def score_batch(
-    cfg: ScoreTraining, step: int, score: ExactScore, captions: list[Caption]
+    cfg: ScoreConfig, step: int, score: ExactScore, captions: list[Caption]
 ) -> ScoreBatch:
     """The batch of `step` in the world of `score`: a function of its arguments only.
 
@@ -177,7 +177,7 @@ def by_level(sigma: torch.Tensor, error: torch.Tensor) -> list[float | None]:
     return [round(part.mean().item(), 5) if len(part) else None for part in parts]
 
 # %% ../../nbs/tiny/03d_better_teacher.ipynb #197b216d
-def make_optimizers(model: TextToLatents, cfg: ScoreTraining) -> dict[str, torch.optim.Optimizer]:
+def make_optimizers(model: TextToLatents, cfg: ScoreConfig) -> dict[str, torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for everything else."""
     muon, rest = [], []
     for name, p in model.named_parameters():
@@ -195,7 +195,7 @@ class ScoreTrainer:
 
     def __init__(
         self,
-        cfg: ScoreTraining,
+        cfg: ScoreConfig,
         codec: PCACodec,
         net: WanConfig = NEXT_NET,
         world: GridWorld = GridWorld(),
@@ -377,7 +377,7 @@ def train_next(
     In an empty folder it goes on from the shipped weights, unless `from_scratch` is set.
     """
     torch.set_num_threads(threads)
-    trainer = ScoreTrainer(ScoreTraining(), load_codec(data_path("tiny_codec_next.safetensors")))
+    trainer = ScoreTrainer(ScoreConfig(), load_codec(data_path("tiny_codec_next.safetensors")))
     if not from_scratch and not (Path(run) / "checkpoint.safetensors").exists():
         go_on_from_weights(trainer, data_path("tiny_teacher_next.safetensors"))
     train_on_score(trainer, run, until)
@@ -401,7 +401,7 @@ def cool_next(
             shutil.copy(Path(run) / name, Path(cooled) / name)
         shutil.copy(Path(run) / "checkpoint.safetensors", start)
     first = int(load_tensors(start)[0]["step"])
-    trainer = ScoreTrainer(ScoreTraining(), load_codec(data_path("tiny_codec_next.safetensors")))
+    trainer = ScoreTrainer(ScoreConfig(), load_codec(data_path("tiny_codec_next.safetensors")))
     train_on_score(trainer, cooled, first + steps, lambda step: 1 - (step - first) / steps)
 
 

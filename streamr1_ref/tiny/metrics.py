@@ -23,7 +23,7 @@ from ..utils.checks import check_tensor
 
 # %% auto #0
 __all__ = ['circular_centre', 'motion_error', 'read_colour', 'read_glyphs', 'sharpness', 'flicker_level', 'diversity', 'Oracle',
-           'judge', 'seen_defects', 'report_row']
+           'judge', 'seen_corruptions', 'report_row']
 
 # %% ../../nbs/tiny/00b_oracle.ipynb #41136f00
 def circular_centre(pixels: torch.Tensor, threshold: float = 0.25) -> torch.Tensor:
@@ -150,7 +150,7 @@ def judge(oracle: Oracle, pixels: torch.Tensor, captions: list[Caption]) -> dict
     }
 
 # %% ../../nbs/tiny/00b_oracle.ipynb #cd219905
-def seen_defects(pixels: torch.Tensor, captions: list[Caption]) -> dict[str, torch.Tensor]:
+def seen_corruptions(pixels: torch.Tensor, captions: list[Caption]) -> dict[str, torch.Tensor]:
     """Which decoded clips [B,T,3,H,W] look blurred, flickering, or unsteady (jitter and freeze): bool [B] each."""
     return {
         "blurred": sharpness(pixels) < 0.17,
@@ -162,5 +162,5 @@ def seen_defects(pixels: torch.Tensor, captions: list[Caption]) -> dict[str, tor
 def report_row(oracle: Oracle, pixels: torch.Tensor, captions: list[Caption]) -> dict[str, float]:
     """The oracle's metrics, and the shares of clips that show each defect."""
     return judge(oracle, pixels, captions) | {
-        k: v.float().mean().item() for k, v in seen_defects(pixels, captions).items()
+        k: v.float().mean().item() for k, v in seen_corruptions(pixels, captions).items()
     }

@@ -37,9 +37,9 @@ from ..utils.files import data_path, load_tensors, save_tensors
 from ..utils.runtime import seeded
 
 # %% auto #0
-__all__ = ['LEVELS', 'SPOILS', 'spoil', 'severity', 'wrong_captions', 'PreferenceBatch', 'preference_batch', 'Mixer',
-           'TinyReward', 'RewardTraining', 'preference_loss', 'RewardTrainer', 'calibrate', 'pair_accuracy',
-           'save_reward', 'load_reward']
+__all__ = ['LEVELS', 'CORRUPTIONS_BY_AXIS', 'corrupt_by_levels', 'severity', 'wrong_captions', 'PreferenceBatch',
+           'preference_batch', 'Mixer', 'TinyReward', 'RewardConfig', 'preference_loss', 'RewardTrainer', 'calibrate',
+           'pair_accuracy', 'save_reward', 'load_reward']
 
 # %% ../../nbs/tiny/08b_tiny_reward.ipynb #d8fb2f20
 LEVELS = {
@@ -48,10 +48,10 @@ LEVELS = {
     "jitter": (0, 1, 2),
     "freeze": (1, 2, 4),
 }  # none, some, much
-SPOILS = {"VQ": ("blur", "flicker"), "MQ": ("jitter", "freeze")}
+CORRUPTIONS_BY_AXIS = {"VQ": ("blur", "flicker"), "MQ": ("jitter", "freeze")}
 
 
-def spoil(
+def corrupt_by_levels(
     pixels: torch.Tensor, levels: dict[str, torch.Tensor], generator: torch.Generator
 ) -> torch.Tensor:
     """Clips [B,T,3,H,W] with every defect of LEVELS at its level 0, 1 or 2, one per clip [B]."""
@@ -71,7 +71,9 @@ def spoil(
 
 def severity(levels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """How bad each clip is on VQ and MQ: the sum of the levels of that axis' defects, 0 to 4, [B]."""
-    return {axis: sum(levels[kind] for kind in kinds) for axis, kinds in SPOILS.items()}
+    return {
+        axis: sum(levels[kind] for kind in kinds) for axis, kinds in CORRUPTIONS_BY_AXIS.items()
+    }
 
 # %% ../../nbs/tiny/08b_tiny_reward.ipynb #787ba694
 def wrong_captions(caption: Caption) -> list[Caption]:
@@ -104,7 +106,7 @@ def preference_batch(
         * (torch.rand(len(captions), generator=generator) < 0.5)
     )
     levels = {kind: draw() for kind in LEVELS}
-    pixels = spoil(sample_clips(captions, generator, split=split), levels, generator)
+    pixels = corrupt_by_levels(sample_clips(captions, generator, split=split), levels, generator)
     return PreferenceBatch(
         codec.decode(codec.encode(pixels)),
         severity(levels),
@@ -199,7 +201,7 @@ def forward(self: TinyReward, pixels: torch.Tensor, prompts: list[str]) -> dict[
 
 # %% ../../nbs/tiny/08b_tiny_reward.ipynb #e7efd3b6
 @dataclass(frozen=True)
-class RewardTraining(Training):
+class RewardConfig(Training):
     """Settings of the reward model's training; the defaults made the shipped one."""
 
     steps: int = 2500
@@ -229,7 +231,7 @@ def preference_loss(model: TinyReward, batch: PreferenceBatch) -> torch.Tensor:
 class RewardTrainer:
     """For `run_training`."""
 
-    def __init__(self, cfg: RewardTraining, codec: LatentCodec):
+    def __init__(self, cfg: RewardConfig, codec: LatentCodec):
         self.cfg, self.codec, self.step_count, self.captions = cfg, codec, 0, caption_split()[0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
@@ -284,7 +286,7 @@ def pair_accuracy(
     return {axis: torch.cat(list(r)).float().mean().item() for axis, r in right.items()}
 
 # %% ../../nbs/tiny/08b_tiny_reward.ipynb #a8c27d01
-def save_reward(path: str | Path, model: TinyReward, training: RewardTraining) -> Path:
+def save_reward(path: str | Path, model: TinyReward, training: RewardConfig) -> Path:
     """Write a reward model in float16 with its sizes, normalisation and training settings."""
     metadata = {"sizes": json.dumps(model.sizes), "training": json.dumps(asdict(training))}
     return save_tensors(

@@ -26,7 +26,7 @@ from ..utils.runtime import progress as progress_bar
 from ..utils.runtime import seeded
 
 # %% auto #0
-__all__ = ['ode_path', 'make_ode_pairs', 'load_ode_pairs', 'regression_loss', 'StudentTraining', 'StudentTrainer', 'TinyStudent',
+__all__ = ['ode_path', 'make_ode_pairs', 'load_ode_pairs', 'regression_loss', 'StudentConfig', 'StudentTrainer', 'TinyStudent',
            'load_student', 'policies', 'likeness', 'drift']
 
 # %% ../../nbs/tiny/06b_tiny_student.ipynb #987293f6
@@ -118,7 +118,7 @@ def regression_loss(
 
 # %% ../../nbs/tiny/06b_tiny_student.ipynb #fe0d9d96
 @dataclass(frozen=True)
-class StudentTraining(Training):
+class StudentConfig(Training):
     """Settings of the causal initialisation; the defaults made the shipped student."""
 
     steps: int = 4000
@@ -131,7 +131,7 @@ class StudentTrainer:
     """Regresses a copy of the teacher, made causal by a mask, onto ODE paths; for `run_training`."""
 
     def __init__(
-        self, cfg: StudentTraining, teacher: TinyTeacher, paths: torch.Tensor, prompts: list[str]
+        self, cfg: StudentConfig, teacher: TinyTeacher, paths: torch.Tensor, prompts: list[str]
     ):
         self.cfg, self.paths, self.prompts, self.schedule, self.step_count = (
             cfg,

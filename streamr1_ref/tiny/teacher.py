@@ -25,7 +25,7 @@ from ..utils.runtime import progress as progress_bar
 from ..utils.runtime import seeded
 
 # %% auto #0
-__all__ = ['TextToLatents', 'Training', 'TeacherTraining', 'training_batch', 'flow_loss', 'TeacherTrainer', 'update',
+__all__ = ['TextToLatents', 'Training', 'TeacherConfig', 'training_batch', 'flow_loss', 'TeacherTrainer', 'update',
            'checkpoint_tensors', 'restore', 'run_training', 'train_teacher', 'tiny_codec', 'TinyTeacher',
            'save_teacher', 'load_teacher', 'evaluate_teacher', 'codec_floor']
 
@@ -63,7 +63,7 @@ class Training:
 
 # %% ../../nbs/tiny/03b_tiny_teacher.ipynb #4145b2e2
 @dataclass(frozen=True)
-class TeacherTraining(Training):
+class TeacherConfig(Training):
     """Settings of the teacher's training; the defaults made the shipped weights."""
 
     steps: int = 13000
@@ -83,7 +83,7 @@ class TeacherTraining(Training):
 
 # %% ../../nbs/tiny/03b_tiny_teacher.ipynb #f014304d
 def training_batch(
-    cfg: TeacherTraining,
+    cfg: TeacherConfig,
     step: int,
     codec: PCACodec,
     captions: list[Caption],
@@ -119,7 +119,7 @@ class TeacherTrainer:
 
     def __init__(
         self,
-        cfg: TeacherTraining,
+        cfg: TeacherConfig,
         codec: PCACodec,
         net: WanConfig = WanConfig(),
         world: WorldConfig = WorldConfig(),
@@ -230,7 +230,7 @@ def run_training(
 
 
 def train_teacher(
-    cfg: TeacherTraining,
+    cfg: TeacherConfig,
     folder: str | Path,
     codec: PCACodec | None = None,
     net: WanConfig = WanConfig(),
@@ -297,7 +297,7 @@ class TinyTeacher:
         )
 
 # %% ../../nbs/tiny/03b_tiny_teacher.ipynb #9df3a46d
-def save_teacher(path: str | Path, model: TextToLatents, training: TeacherTraining) -> Path:
+def save_teacher(path: str | Path, model: TextToLatents, training: TeacherConfig) -> Path:
     """Write a model in float16, with its sizes and the settings of its training in the metadata."""
     metadata = {
         "net": json.dumps(asdict(model.transformer.cfg)),

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from ..utils.checks import check_tensor
 
 # %% auto #0
-__all__ = ['COLOURS', 'DIRECTIONS', 'SPEEDS', 'DEGRADATIONS', 'WorldConfig', 'Caption', 'parse_caption', 'all_captions',
+__all__ = ['COLOURS', 'DIRECTIONS', 'SPEEDS', 'CORRUPTIONS', 'WorldConfig', 'Caption', 'parse_caption', 'all_captions',
            'caption_split', 'digit_images', 'placement', 'render', 'straight_path', 'sample_clips', 'blur', 'jitter',
-           'flicker', 'freeze', 'degrade', 'mixed_clips']
+           'flicker', 'freeze', 'corrupt', 'mixed_clips']
 
 # %% ../../nbs/tiny/00_moving_digits.ipynb #4834a37d
 COLOURS = {
@@ -226,13 +226,13 @@ def freeze(pixels: torch.Tensor, hold: int = 4) -> torch.Tensor:
     return pixels[:, torch.arange(T) // hold * hold]
 
 # %% ../../nbs/tiny/00_moving_digits.ipynb #8163991c
-DEGRADATIONS = ("blur", "jitter", "flicker", "freeze")
+CORRUPTIONS = ("blur", "jitter", "flicker", "freeze")
 
 
-def degrade(pixels: torch.Tensor, kind: str, generator: torch.Generator) -> torch.Tensor:
-    """Spoil pixels [B,T,C,H,W] by `kind`, one of DEGRADATIONS at its default strength, or "clean" for no change."""
-    if kind not in ("clean", *DEGRADATIONS):
-        raise ValueError(f"kind: expected 'clean' or one of {DEGRADATIONS}, got {kind!r}")
+def corrupt(pixels: torch.Tensor, kind: str, generator: torch.Generator) -> torch.Tensor:
+    """Spoil pixels [B,T,C,H,W] by `kind`, one of CORRUPTIONS at its default strength, or "clean" for no change."""
+    if kind not in ("clean", *CORRUPTIONS):
+        raise ValueError(f"kind: expected 'clean' or one of {CORRUPTIONS}, got {kind!r}")
     if kind in ("jitter", "flicker"):
         return {"jitter": jitter, "flicker": flicker}[kind](pixels, generator)
     return {"clean": torch.clone, "blur": blur, "freeze": freeze}[kind](pixels)
@@ -250,9 +250,9 @@ def mixed_clips(
         raise ValueError(f"degraded: expected a share in [0, 1], got {degraded}")
     pixels = sample_clips(captions, generator, config, split)
     spoiled = torch.rand(len(captions), generator=generator) < degraded
-    which = torch.randint(len(DEGRADATIONS), (len(captions),), generator=generator)
-    kinds = [DEGRADATIONS[w] if s else "clean" for w, s in zip(which.tolist(), spoiled.tolist())]
-    for kind in DEGRADATIONS:
+    which = torch.randint(len(CORRUPTIONS), (len(captions),), generator=generator)
+    kinds = [CORRUPTIONS[w] if s else "clean" for w, s in zip(which.tolist(), spoiled.tolist())]
+    for kind in CORRUPTIONS:
         if rows := [i for i, k in enumerate(kinds) if k == kind]:
-            pixels[rows] = degrade(pixels[rows], kind, generator)
+            pixels[rows] = corrupt(pixels[rows], kind, generator)
     return pixels, kinds

@@ -25,7 +25,7 @@ from typing import Literal
 # %% auto #0
 __all__ = ['WAN_NEGATIVE_PROMPT', 'PRESETS', 'TrainConfig', 'start_processes', 'restarts', 'shard', 'local', 'all_or_none',
            'in_turn', 'Trainer', 'checksum', 'listed_files', 'damaged_file', 'damage', 'describe_damage', 'newest',
-           'differences', 'written_by', 'symptoms', 'interruptible', 'trim_log', 'open_board']
+           'differences', 'written_by', 'health_warnings', 'interruptible', 'trim_log', 'open_board']
 
 # %% ../../nbs/training/13_training.ipynb #f86c6dae
 import torch
@@ -40,7 +40,7 @@ from torch.distributed.tensor import DTensor
 
 from ..attention import BACKENDS
 from ..cache import CacheConfig
-from ..objective import METHODS, Distillation, Distiller, Models, Weighting
+from ..objective import METHODS, DistillationConfig, Distiller, Models, WeightingConfig
 from ..reward import AXES
 from ..rollout import StreamSampler
 from ..transformer import WanTransformer
@@ -54,8 +54,8 @@ class TrainConfig:
     """All settings of a run; `distillation` and `weighting` are those of chapter 12."""
 
     steps: int = 40  # student updates
-    distillation: Distillation = field(default_factory=Distillation)
-    weighting: Weighting = field(default_factory=Weighting)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    weighting: WeightingConfig = field(default_factory=WeightingConfig)
     ema: float = 0.9  # of the student's weights
     ema_start: int = 0  # steps up to which the average is a copy
     save_every: int = 10  # steps
@@ -93,8 +93,8 @@ WAN_NEGATIVE_PROMPT = (
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
 
-_tiny = Distillation(batch=4, critic_steps=2)
-_wan = Distillation(
+_tiny = DistillationConfig(batch=4, critic_steps=2)
+_wan = DistillationConfig(
     batch=1,
     micro_batches=64,
     exit_group=8,
@@ -116,13 +116,13 @@ _stream_r1 = TrainConfig(
     save_every=20,
     checkpointing=True,
     distillation=_wan,
-    weighting=Weighting(saliency="published"),
+    weighting=WeightingConfig(saliency="published"),
 )
 PRESETS = {
     "tiny": TrainConfig(
-        distillation=_tiny, weighting=Weighting(balance_window=16, balance_warmup=16)
+        distillation=_tiny, weighting=WeightingConfig(balance_window=16, balance_warmup=16)
     ),
-    "wan-1.3b": replace(_stream_r1, weighting=Weighting()),
+    "wan-1.3b": replace(_stream_r1, weighting=WeightingConfig()),
     "stream-r1": _stream_r1,  # configs/exp_stream_r1.yaml of Stream-R1 @ f59b846
     "reward-forcing": replace(
         _stream_r1, steps=120, weighting=METHODS["Re-DMD"]
@@ -571,7 +571,7 @@ def resume(self: Trainer) -> list[str]:
     return problems
 
 # %% ../../nbs/training/13_training.ipynb #5d68ba8e
-def symptoms(records: list[dict], clips: int, window: int = 20) -> list[str]:
+def health_warnings(records: list[dict], clips: int, window: int = 20) -> list[str]:
     """Early warnings from the last `window` records of a run with `clips` rollouts a step; empty if it looks healthy."""
     recent = records[-window:]
     good, found = [r for r in recent if "skipped" not in r], []
@@ -723,7 +723,7 @@ def note(
             **{k: v if isinstance(v, str) else round(v, 6) for k, v in record.items()},
         }
     )
-    if found := symptoms(records, self.cfg.batch * self.cfg.micro_batches):
+    if found := health_warnings(records, self.cfg.batch * self.cfg.micro_batches):
         records[-1]["warnings"] = [text.split(":")[0] for text in found]
         for text in found:
             if text.split(":")[0] not in said:

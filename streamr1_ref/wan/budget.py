@@ -25,10 +25,10 @@ from torch.utils.flop_counter import flop_registry
 # %% auto #0
 __all__ = ['aten', 'VIEWS', 'ATTENTION', 'RMS_NORM', 'ROLLOUT_SETTINGS', 'QUESTION', 'FIRST_EDITION', 'ALLOWANCE', 'TYPED',
            'WHOLE', 'STEP_PHASES', 'tensors_in', 'without_values', 'Meter', 'FusedRMSNorm', 'gpu_attention',
-           'gpu_kernels', 'Cost', 'measured_once', 'layered', 'meta_network', 'parameter_count', 'clip_inputs',
+           'gpu_kernels', 'Cost', 'measured_once', 'layered', 'meta_network', 'num_parameters', 'clip_inputs',
            'forget_gradients', 'measure_pass', 'pass_cost', 'RolloutCost', 'caches_noted', 'measure_rollout',
            'rollout_cost', 'copied_past', 'judge_on_meta', 'measure_judge', 'codec_cost', 'judge_cost', 'text_cost',
-           'forward_flops', 'rollout_flops', 'check_plan_settings', 'PlanSettings', 'preset_settings', 'resolved',
+           'forward_flops', 'rollout_flops', 'check_plan_settings', 'PlanConfig', 'preset_settings', 'resolved',
            'gathered_bytes', 'resident_bytes', 'adam_temporaries', 'critic_phases', 'reward_costs', 'student_phases',
            'other_phases', 'Budget', 'step_flops', 'frozen_parameters', 'plan', 'plan_table', 'possible_changes',
            'combined', 'cheapest', 'as_typed', 'largest_layer', 'check_memory', 'MetaText', 'models_on_meta',
@@ -40,7 +40,7 @@ from .. import objective, rollout
 from ..attention import block_sizes
 from ..cache import KVCache, make_cache
 from ..flow import FlowSchedule
-from ..objective import Distillation, Distiller, Models, Weighting
+from ..objective import DistillationConfig, Distiller, Models, WeightingConfig
 from ..saliency import pixel_saliency
 from ..training.trainer import PRESETS
 from ..transformer import WanConfig, WanTransformer
@@ -258,7 +258,7 @@ def meta_network(
 
 
 @measured_once
-def parameter_count(cfg: WanConfig) -> int:
+def num_parameters(cfg: WanConfig) -> int:
     """Parameters of the transformer, counted without making it."""
     return count(meta_network(cfg))
 
@@ -353,7 +353,7 @@ def caches_noted() -> Iterator[list]:
 
 
 def measure_rollout(
-    net: WanTransformer, run: Distillation, training: bool = True, calls: int = 1
+    net: WanTransformer, run: DistillationConfig, training: bool = True, calls: int = 1
 ) -> RolloutCost:
     """Cost of a rollout with `calls` denoising calls a block, and of its backward pass; weights are
     not counted.
@@ -380,7 +380,7 @@ def measure_rollout(
 @measured_once
 def rollout_cost(
     cfg: WanConfig,
-    run: Distillation,
+    run: DistillationConfig,
     dtype: torch.dtype = torch.bfloat16,
     training: bool = True,
     checkpointing: bool = True,
@@ -393,7 +393,7 @@ def rollout_cost(
     return RolloutCost(**grown | {"forward": max(one["forward"], two["forward"])})
 
 
-def copied_past(cfg: WanConfig, run: Distillation, number: int = 2) -> float:
+def copied_past(cfg: WanConfig, run: DistillationConfig, number: int = 2) -> float:
     """Bytes if every block kept a copy of the keys and values that it sees, as the first edition of
     chapter 05 did.
     """
@@ -546,7 +546,7 @@ def forward_flops(cfg: WanConfig, frames: int, context_frames: int = 0, clips: i
 # %% ../../nbs/wan/15c_budget.ipynb #16c02172
 def rollout_flops(
     cfg: WanConfig,
-    run: Distillation,
+    run: DistillationConfig,
     calls: float | None = None,
     training: bool = False,
     checkpointing: bool = True,
@@ -566,7 +566,7 @@ def rollout_flops(
     return one + (calls - 1) * (two - one) + extra
 
 # %% ../../nbs/wan/15c_budget.ipynb #a0cf0394
-def check_plan_settings(s: PlanSettings) -> None:
+def check_plan_settings(s: PlanConfig) -> None:
     """ValueError for sizes, types, parts or numbers of GPUs that no run can have."""
     for name in ("student", "teacher", "critic"):
         if isinstance(size := getattr(s, name), str) and size not in SIZES:
@@ -584,14 +584,14 @@ def check_plan_settings(s: PlanSettings) -> None:
 
 # %% ../../nbs/wan/15c_budget.ipynb #333211f0
 @dataclass(frozen=True)
-class PlanSettings:
+class PlanConfig:
     """A training run as `plan` needs it; the defaults are the published run of Wan2.1 1.3B on 8
     GPUs.
 
     ValueError for an unknown size or part, or GPUs that do not divide the micro-batches.
     """
 
-    distillation: Distillation = PRESETS["wan-1.3b"].distillation
+    distillation: DistillationConfig = PRESETS["wan-1.3b"].distillation
     student: str | WanConfig = "1.3B"  # a name of SIZES, or sizes
     teacher: str | WanConfig = "1.3B"
     critic: str | WanConfig | None = None  # None: the teacher's
@@ -603,7 +603,7 @@ class PlanSettings:
     dtype: str = "bfloat16"  # of computing
     teacher_dtype: str | None = None  # in which the frozen teacher is kept; None: that of computing
     fused: bool = True  # AdamW in one kernel, without temporaries
-    weighting: Weighting = PRESETS["wan-1.3b"].weighting  # plain DMD needs no reward model
+    weighting: WeightingConfig = PRESETS["wan-1.3b"].weighting  # plain DMD needs no reward model
     copies: bool = False  # each block keeps a copy of the past (first edition)
     reward_checkpointing: bool = True
     parts: Sizes = field(default_factory=Sizes)  # of text encoder, VAE and reward model
@@ -618,8 +618,8 @@ class PlanSettings:
         return getattr(torch, self.dtype)
 
 # %% ../../nbs/wan/15c_budget.ipynb #ec33dde2
-def preset_settings(preset: str = "wan-1.3b", **changes) -> PlanSettings:
-    """A preset's run with its teacher and critic; `changes` are fields of `PlanSettings`.
+def preset_settings(preset: str = "wan-1.3b", **changes) -> PlanConfig:
+    """A preset's run with its teacher and critic; `changes` are fields of `PlanConfig`.
     ValueError for unknown names.
     """
     if preset not in NETWORKS:
@@ -630,7 +630,7 @@ def preset_settings(preset: str = "wan-1.3b", **changes) -> PlanSettings:
         "weighting": run.weighting,
         "checkpointing": run.checkpointing,
     }
-    return PlanSettings(**{**made, "teacher": teacher, "critic": critic, **changes})
+    return PlanConfig(**{**made, "teacher": teacher, "critic": critic, **changes})
 
 
 FIRST_EDITION = {
@@ -644,7 +644,7 @@ FIRST_EDITION = {
 ALLOWANCE = 1.5 * 2**30  # bytes of CUDA's context, workspaces and waste: a guess, not measured
 
 
-def resolved(s: PlanSettings) -> dict[str, WanConfig]:
+def resolved(s: PlanConfig) -> dict[str, WanConfig]:
     """Sizes of student, teacher and critic at the run's resolution."""
     chosen = {"student": s.student, "teacher": s.teacher, "critic": s.critic or s.teacher}
     configs = {
@@ -664,14 +664,12 @@ def gathered_bytes(
 
     In the `backward` pass also a layer's gradient, float32, on its way to all GPUs.
     """
-    layer = parameter_count(replace(cfg, num_layers=2)) - parameter_count(
-        replace(cfg, num_layers=1)
-    )
-    ends = parameter_count(cfg) - cfg.num_layers * layer
+    layer = num_parameters(replace(cfg, num_layers=2)) - num_parameters(replace(cfg, num_layers=1))
+    ends = num_parameters(cfg) - cfg.num_layers * layer
     return number * (ends + (1 + ahead) * layer) + 4 * layer * backward
 
 # %% ../../nbs/wan/15c_budget.ipynb #f3be2a26
-def resident_bytes(s: PlanSettings, parameters: Mapping[str, int]) -> dict[str, float]:
+def resident_bytes(s: PlanConfig, parameters: Mapping[str, int]) -> dict[str, float]:
     """Bytes that every GPU holds from the first step to the last, by part."""
     share, number = s.gpus if s.sharded else 1, s.compute_dtype.itemsize
     held = {
@@ -708,7 +706,7 @@ def adam_temporaries(fused: bool) -> float:
     return live.peak / (4 * sum(p.numel() for p in weights))
 
 
-def critic_phases(s: PlanSettings, nets: Mapping[str, WanConfig]) -> dict[str, dict[str, float]]:
+def critic_phases(s: PlanConfig, nets: Mapping[str, WanConfig]) -> dict[str, dict[str, float]]:
     """Bytes by phase and part of the critic's update, on top of what is resident."""
     run, dtype = s.distillation, s.compute_dtype
     rolled = rollout_cost(nets["student"], run, dtype, False)
@@ -732,7 +730,7 @@ def critic_phases(s: PlanSettings, nets: Mapping[str, WanConfig]) -> dict[str, d
     }
 
 # %% ../../nbs/wan/15c_budget.ipynb #940b25a8
-def reward_costs(s: PlanSettings, nets: Mapping[str, WanConfig]) -> tuple[Cost, Cost]:
+def reward_costs(s: PlanConfig, nets: Mapping[str, WanConfig]) -> tuple[Cost, Cost]:
     """Costs of decoding a micro-batch and of judging it, the latter by the gradient at the pixels
     where it is needed.
     """
@@ -751,7 +749,7 @@ def reward_costs(s: PlanSettings, nets: Mapping[str, WanConfig]) -> tuple[Cost, 
     )
 
 # %% ../../nbs/wan/15c_budget.ipynb #77ad9385
-def student_phases(s: PlanSettings, nets: Mapping[str, WanConfig]) -> dict[str, dict[str, float]]:
+def student_phases(s: PlanConfig, nets: Mapping[str, WanConfig]) -> dict[str, dict[str, float]]:
     """Bytes by phase and part of the student's update, on top of what is resident."""
     run, dtype, student = s.distillation, s.compute_dtype, nets["student"]
     rolled = rollout_cost(student, run, dtype, True, s.checkpointing)
@@ -779,7 +777,7 @@ def student_phases(s: PlanSettings, nets: Mapping[str, WanConfig]) -> dict[str, 
     return found | {"student: backward": phase(work, "student", backward=True)}
 
 # %% ../../nbs/wan/15c_budget.ipynb #afaeee2b
-def other_phases(s: PlanSettings, parameters: Mapping[str, int]) -> dict[str, dict[str, float]]:
+def other_phases(s: PlanConfig, parameters: Mapping[str, int]) -> dict[str, dict[str, float]]:
     """Bytes by phase and part of embedding a prompt (unless that was done beforehand) and of the
     optimizer.
     """
@@ -797,7 +795,7 @@ def other_phases(s: PlanSettings, parameters: Mapping[str, int]) -> dict[str, di
 class Budget:
     """What a training step takes on each GPU, in bytes, and over all GPUs, in operations."""
 
-    settings: PlanSettings
+    settings: PlanConfig
     parameters: dict[str, int]  # by part
     resident: dict[str, float]  # bytes by part, all the time
     phases: dict[str, dict[str, float]]  # bytes by phase and part, on top
@@ -819,7 +817,7 @@ class Budget:
         return sum(self.flops.values())
 
 
-def step_flops(s: PlanSettings, nets: Mapping[str, WanConfig]) -> dict[str, float]:
+def step_flops(s: PlanConfig, nets: Mapping[str, WanConfig]) -> dict[str, float]:
     """Operations of one step over all GPUs, by part."""
     run, frames, dtype = s.distillation, s.distillation.frames, s.compute_dtype
     of = lambda role, training=False: pass_cost(
@@ -852,10 +850,10 @@ def frozen_parameters(parts: Sizes) -> dict[str, int]:
 
 
 @measured_once
-def plan(s: PlanSettings = PlanSettings()) -> Budget:
+def plan(s: PlanConfig = PlanConfig()) -> Budget:
     """Memory and work of a training step, measured on the meta device; nothing is loaded."""
     nets = resolved(s)
-    parameters = {role: parameter_count(cfg) for role, cfg in nets.items()} | frozen_parameters(
+    parameters = {role: num_parameters(cfg) for role, cfg in nets.items()} | frozen_parameters(
         s.parts
     )
     phases = critic_phases(s, nets) | student_phases(s, nets) | other_phases(s, parameters)
@@ -914,8 +912,8 @@ TYPED = {
 }
 
 # %% ../../nbs/wan/15c_budget.ipynb #43ac963f
-def possible_changes(s: PlanSettings) -> list[dict]:
-    """Single changes that may make `s` smaller, as fields of `PlanSettings`, what costs least
+def possible_changes(s: PlanConfig) -> list[dict]:
+    """Single changes that may make `s` smaller, as fields of `PlanConfig`, what costs least
     first.
     """
     nets, gpus = resolved(s), range(s.gpus + 1, s.distillation.micro_batches + 1)
@@ -925,7 +923,7 @@ def possible_changes(s: PlanSettings) -> list[dict]:
         {"fused": True},
         {"checkpointing": True},
     ]
-    if parameter_count(nets["critic"]) > parameter_count(nets["student"]):
+    if num_parameters(nets["critic"]) > num_parameters(nets["student"]):
         found.append({"critic": s.student})  # less work, another run: the published one
     found += [
         {"offload": (*s.offload, part)}
@@ -940,7 +938,7 @@ def possible_changes(s: PlanSettings) -> list[dict]:
     ]
 
 
-def combined(s: PlanSettings, changes: Sequence[dict]) -> PlanSettings | None:
+def combined(s: PlanConfig, changes: Sequence[dict]) -> PlanConfig | None:
     """`s` with all of the changes; None if two of them contradict each other."""
     made: dict = {}
     for change in changes:
@@ -955,7 +953,7 @@ def combined(s: PlanSettings, changes: Sequence[dict]) -> PlanSettings | None:
     return replace(s, **made)
 
 # %% ../../nbs/wan/15c_budget.ipynb #e0fa0af0
-def cheapest(s: PlanSettings, available: float, most: int = 4) -> PlanSettings | None:
+def cheapest(s: PlanConfig, available: float, most: int = 4) -> PlanConfig | None:
     """The settings with the cheapest change, or smallest combination of up to `most`, that need at
     most `available` bytes.
 
@@ -985,7 +983,7 @@ def cheapest(s: PlanSettings, available: float, most: int = 4) -> PlanSettings |
     return None
 
 
-def as_typed(before: PlanSettings, after: PlanSettings, command: str = "train") -> str:
+def as_typed(before: PlanConfig, after: PlanConfig, command: str = "train") -> str:
     """What to type for `command`, a key of TYPED, to come from one to the other."""
     quoted = lambda value: f'"{value}"' if " " in str(value) else str(value)
     values = {name: getattr(after, name) for name in TYPED[command] if name != "frames"}
@@ -1067,7 +1065,7 @@ class MetaText:
         return torch.empty(len(prompts), *self.shape, device="meta", dtype=self.dtype)
 
 
-def models_on_meta(s: PlanSettings) -> Models:
+def models_on_meta(s: PlanConfig) -> Models:
     """All parts of a run on the meta device, in the type of computing; text comes as finished
     embeddings.
     """
@@ -1140,8 +1138,8 @@ STEP_PHASES = (
 # %% ../../nbs/wan/15c_budget.ipynb #431fce4d
 def metered_step(
     models: Models,
-    run: Distillation,
-    weighting: Weighting = Weighting(),
+    run: DistillationConfig,
+    weighting: WeightingConfig = WeightingConfig(),
     checkpointing: bool = True,
     device: str = "meta",
     gradients: bool = False,
@@ -1213,7 +1211,7 @@ def vision_calls(sizes: Sizes, frames: int, size: tuple[int, int], library: bool
 
 # %% ../../nbs/wan/15c_budget.ipynb #c28e8ad1
 @measured_once
-def copied_inputs(cfg: WanConfig, run: Distillation) -> float:
+def copied_inputs(cfg: WanConfig, run: DistillationConfig) -> float:
     """Bytes that a rollout keeps beside its cache if the cache hands out copies of the past: a
     reproduction.
     """
@@ -1228,14 +1226,14 @@ def copied_inputs(cfg: WanConfig, run: Distillation) -> float:
     return layered(one, two, cfg.num_layers)
 
 # %% ../../nbs/wan/15c_budget.ipynb #1d7d9edc
-def changes_since_first_edition(s: PlanSettings) -> list[dict]:
+def changes_since_first_edition(s: PlanConfig) -> list[dict]:
     """Rows of what changed since the first edition: part, unit, and the figure before and after."""
     student, run, dtype = resolved(s)["student"], s.distillation, s.compute_dtype
     clip = (1 + 4 * (run.frames - 1), tuple(s.resolution))
     rolled, gib = rollout_cost(student, run, dtype), 2**30
     judged = [judge_cost(s.parts, *clip, run.batch, dtype, on).kept / gib for on in (False, True)]
-    trained = 4 * parameter_count(student) / gib
-    teacher = parameter_count(resolved(s)["teacher"]) / gib
+    trained = 4 * num_parameters(student) / gib
+    teacher = num_parameters(resolved(s)["teacher"]) / gib
     text = dtype.itemsize * frozen_parameters(s.parts)["text encoder"] / 1e9
     copied = (copied_inputs(student, run) + rolled.store + rolled.view) / gib
     figures = {
@@ -1273,7 +1271,7 @@ def step_parts_table(result: dict) -> str:
 def step_parts(
     size: str = "full",
     device: str = "meta",
-    settings: PlanSettings = PlanSettings(),
+    settings: PlanConfig = PlanConfig(),
     out: str | Path | None = None,
 ) -> dict:
     """Print, and write to the JSON file `out`, a training step by phase, and what changed since the
