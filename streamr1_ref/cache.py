@@ -460,8 +460,8 @@ def make_cache(
     """Return the cache that `cfg` describes, for `batch` streams of frames of `grid` tokens.
 
     `net` are the network's sizes, `grid` is (rows, columns), `device` and `dtype` are those of its
-    memory. With `evict` False it holds a whole rollout of `frames` (default: cfg.max_frames), as the
-    published training does: blocks see the same window, but nothing is ever evicted.
+    memory. With `evict` False it holds a whole rollout of `frames` (default: cfg.max_frames), as
+    the published training does: blocks see the same window, but nothing is ever evicted.
     """
     if cfg.eviction == "keep" or not evict:
         capacity, eviction = frames or cfg.max_frames, "keep"

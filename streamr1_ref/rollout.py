@@ -491,9 +491,9 @@ def self_forcing_rollout(
     each block stops at its exit step; only the exit step's call of `net` has a gradient.
     `exit_steps` are one or one a block, or drawn from `generator`: one, or with `per_block` one a
     block. `steps`, `frames_per_block`, `cache`, `context_noise` and `context_lookup` replace
-    settings of `config`, and `schedule` is the sampler's. `renoise[block][step]` is recorded noise between steps. With
-    `evict` False nothing ever leaves the cache, as in the published training. Raises ValueError for
-    shapes, settings and exit steps that do not fit.
+    settings of `config`, and `schedule` is the sampler's. `renoise[block][step]` is recorded noise
+    between steps. With `evict` False nothing ever leaves the cache, as in the published training.
+    Raises ValueError for shapes, settings and exit steps that do not fit.
     """
     config = sampler_config(config, steps, frames_per_block, cache, context_noise, context_lookup)
     shape = {"B": len(prompt_embeds), "C": net.cfg.in_channels}
