@@ -54,8 +54,7 @@ class SparseCache:
         for layer in self.all_layers:
             layer.commit(self.frames if frames is None else frames)
 
-    def on_event(self, event):
-        pass
+    def on_event(self, event): ...
 
 
 @torch.no_grad()
