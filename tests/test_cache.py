@@ -1,4 +1,4 @@
-"""The caches against the published layer, and what no reader needs to see: memory, precision, checkpointing, refusals."""
+"""Caches against the published layer; their memory, precision, checkpointing and refusals."""
 
 import copy
 
@@ -192,7 +192,7 @@ def test_memory_is_allocated_once():
 
 
 def test_no_host_synchronisation_and_no_data_dependent_python():
-    """The whole bookkeeping runs on the meta device, where reading a number from a tensor is an error."""
+    """All bookkeeping runs on the meta device, where reading a number from a tensor is an error."""
     cache = make_cache(SMALL, CacheConfig(), 1, (2, 3), device="meta")
     with torch.device("meta"):
         net = WanTransformer(SMALL).requires_grad_(False)
@@ -206,7 +206,7 @@ def test_no_host_synchronisation_and_no_data_dependent_python():
 
 @pytest.mark.parametrize("evict", [True, False])
 def test_gradients_with_activation_checkpointing(evict):
-    """The backward pass recomputes blocks after later blocks have changed the cache (LongLive's issue 16)."""
+    """The backward pass recomputes blocks after later ones have changed the cache (LongLive #16)."""
     torch.manual_seed(0)
     plain = WanTransformer(SMALL)
     wrapped = copy.deepcopy(plain)
@@ -348,7 +348,7 @@ def test_a_layer_with_another_kernel_uses_it_with_a_cache():
 @pytest.mark.parametrize("sink", ["ema", "static", "none"])
 @pytest.mark.parametrize("kept", [1, 2, 3])
 def test_committing_a_part_of_a_block_forgets_the_rest(sink, kept):
-    """Blocks of three, of which the first frames are committed: the past is that of these frames."""
+    """Blocks of three, of which the first frames are committed: the past has only these."""
     cfg = CacheConfig(sink=sink, alpha=0.5)
     cache, count = make_cache(SMALL, cfg, 1, (1, 1)), 0
     for _ in range(8):
