@@ -206,7 +206,7 @@ def test_no_host_synchronisation_and_no_data_dependent_python():
 
 @pytest.mark.parametrize("evict", [True, False])
 def test_gradients_with_activation_checkpointing(evict):
-    """The backward pass recomputes blocks after later ones have changed the cache (LongLive #16)."""
+    """The backward pass recomputes blocks after later ones changed the cache (LongLive #16)."""
     torch.manual_seed(0)
     plain = WanTransformer(SMALL)
     wrapped = copy.deepcopy(plain)

@@ -240,7 +240,7 @@ def test_gradient_reaches_the_weights_of_every_exit(evict, exit_steps):
 
 @pytest.mark.parametrize("evict", [True, False])
 def test_recomputing_layers_in_the_backward_pass_changes_no_gradient(evict):
-    """A backward pass that computes blocks again must not notice what later ones wrote (LongLive #16)."""
+    """Blocks that are computed again must not notice what later ones wrote (LongLive #16)."""
     grads = []
     for checkpointing in (False, True):
         net = small_net().double()
@@ -297,7 +297,7 @@ def test_the_gpu_streams_the_same_video():
 
 
 def test_a_training_rollout_keeps_no_copy_of_the_past(monkeypatch):
-    """The backward pass reads the store of a training cache (copies took 8.84 GiB at 1.3B, 832 x 480)."""
+    """The backward pass reads the store (copies took 8.84 GiB at 1.3B, 832 x 480)."""
     monkeypatch.setattr(
         FlowSchedule, "sigma", lambda self, t: torch.full(t.shape, 0.5, device=t.device)
     )  # meta has no values
