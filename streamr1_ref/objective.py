@@ -156,8 +156,8 @@ def saliency_maps(
             f"saliency: expected a reward model with to_patches and score_patches for {kind!r}, "
             f"got {type(model).__name__}; take saliency='pixels'"
         )
-    layout = "published" if kind == "published" else "raster"
-    rewards, maps = patch_saliency_maps(model, pixels, prompts, layout)
+    merge = 1 if kind == "published" else None  # 1: blocks taken for rows
+    rewards, maps = patch_saliency_maps(model, pixels, prompts, merge)
     return rewards, {axis: pool_to_latent(m, latent_size) for axis, m in maps.items()}
 
 
