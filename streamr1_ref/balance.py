@@ -67,7 +67,7 @@ class AdaptiveBalance:
         return torch.stack(list(values.values())).mean(0) - self.weight * penalty, penalty
 
     def update(self, rewards: dict[str, torch.Tensor | float]) -> tuple[torch.Tensor, float]:
-        """Return what `preview` returns for `rewards`, and enter them into the window.
+        """Return what `preview` does for `rewards` by axis, numbers or [B], and remember them.
 
         If they are refused the window stays as it was.
         """

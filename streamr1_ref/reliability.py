@@ -51,9 +51,9 @@ def rollout_weight(
 
 # %% ../nbs/09_reward_weighting.ipynb #d3cbca38
 def effective_sample_size(weight: torch.Tensor) -> float:
-    """Return (sum w)^2 / sum w^2 of weights [B], the number of rollouts that count.
+    """Return (sum w)^2 / sum w^2 of `weight` w [B], the number of rollouts that count.
 
-    It is 1 if one rollout owns the gradient, and B if all have the same `weight`. ValueError for
+    It is 1 if one rollout owns the gradient, and B if all weigh the same. ValueError for
     another shape. Source: Kish, Survey Sampling, 1965.
     """
     # over the largest weight first, so that squares do not overflow

@@ -184,7 +184,7 @@ def unit_range(x: torch.Tensor, axes: tuple[int, ...], flat: float = 1e-8) -> to
 
 
 def factor(x: torch.Tensor, axes: tuple[int, ...], strength: float, floor: float) -> torch.Tensor:
-    """Return weights like x [...] whose mean over `axes` is 1.
+    """Return weights like x, of any shape, whose mean over `axes` is 1.
 
     They are `unit_range` of x over `axes`, faded towards 1 by 1 - `strength`, not below `floor`,
     and divided by their mean; strength and floor are in [0,1].

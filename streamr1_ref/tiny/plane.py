@@ -172,7 +172,7 @@ class Lab:
 
 # %% ../../nbs/tiny/07b_plane.ipynb #eca370e5
 def energy_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Return 2 E|a-b| - E|a-a'| - E|b-b'| of two sets of points a and b, each [N,...].
+    """Return 2 E|a-b| - E|a-a'| - E|b-b'| of two sets of points `a` [N,...] and `b` [M,...].
 
     It is 0 if they have the same distribution, and above 0 if not.
     """
