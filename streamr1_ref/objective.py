@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from .attention import block_sizes
 from .balance import AdaptiveBalance
 from .cache import CacheConfig
-from .dmd import critic_loss, dmd_gradient, predictions, score_timesteps, toward
+from .dmd import critic_loss, dmd_gradient, predictions, score_timesteps, surrogate_loss
 from .flow import FlowSchedule
 from .ports import LatentCodec, RewardModel, TextEncoder
 from .reliability import effective_sample_size, rollout_weight
@@ -59,7 +59,7 @@ def stream_r1_loss(
         raise ValueError(
             f"gradient: expected finite values, clip {(~finite).nonzero()[0].item()} has others"
         )
-    loss = toward(x, gradient)
+    loss = surrogate_loss(x, gradient)
     if intra_weight is not None:
         loss = (
             loss
@@ -156,8 +156,8 @@ def saliency_maps(
             f"saliency: expected a reward model with to_patches and score_patches for {kind!r}, "
             f"got {type(model).__name__}; take saliency='pixels'"
         )
-    layout = "published" if kind == "published" else "raster"
-    rewards, maps = patch_saliency_maps(model, pixels, prompts, layout)
+    merge = 1 if kind == "published" else None  # 1: blocks taken for rows
+    rewards, maps = patch_saliency_maps(model, pixels, prompts, merge)
     return rewards, {axis: pool_to_latent(m, latent_size) for axis, m in maps.items()}
 
 

@@ -1,9 +1,9 @@
-"""The errata page (nbs/errata.ipynb): numbers and references, and what no chapter shows of it."""
+"""The errata page: numbers, references and switches, and what no chapter shows of it."""
 
 import ast
 import re
 from dataclasses import replace
-from unittest.mock import Mock
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from conftest import relative_error
 from notebooks import NBS, ROOT, notebooks
 
-from streamr1_ref.cache import CacheConfig, make_cache
-from streamr1_ref.dmd import guided, score_timesteps
+from streamr1_ref.cache import CacheConfig
+from streamr1_ref.dmd import guided, published_guidance, score_timesteps
 from streamr1_ref.flow import FlowSchedule, apply_guidance
 from streamr1_ref.objective import (
     METHODS,
@@ -22,9 +22,10 @@ from streamr1_ref.objective import (
     WeightingConfig,
     judge_rollouts,
 )
+from streamr1_ref.published import WITHOUT_SWITCH, patch_saliency, switches_for
 from streamr1_ref.reliability import rollout_weight
-from streamr1_ref.rollout import StreamSampler, commit_block, denoise_block
-from streamr1_ref.saliency import patch_saliency, pixel_saliency, pool_to_latent
+from streamr1_ref.rollout import StreamSampler, self_forcing_rollout
+from streamr1_ref.saliency import pixel_saliency, pool_to_latent
 from streamr1_ref.tiny.codec import load_codec
 from streamr1_ref.tiny.models import tiny_models
 from streamr1_ref.tiny.plane import Lab, Mixture
@@ -37,9 +38,10 @@ from streamr1_ref.utils.runtime import seeded
 from streamr1_ref.wan.build import SMALL as SMALL_SIZES
 from streamr1_ref.wan.build import random_reward
 
-PAGE = NBS / "errata.ipynb"
+PAGE = NBS / "reference" / "errata.ipynb"
 HEADING = re.compile(r"^## (\d+)\. (.+)$", re.M)
-LINK = re.compile(r"\[(\w+), ([^\]]+)\]\((\w+)\.ipynb#([^)\s]+)\)")
+LINK = re.compile(r"\[(\w+), ([^\]]+)\]\(([\w./]+\.ipynb)#([^)\s]+)\)")
+SWITCH = re.compile(r"^\*\*Switch\.\*\* (.+)$", re.M)
 TEST = re.compile(r"`tests/(\w+\.py)::(\w+)`")
 CITED = re.compile(r"[Ee]rrat(?:um|a)\b[^\d\n]{0,45}?(\d+)((?:(?:,| and|, and) \d+)*)")
 TO_COME = "(test: to come)"
@@ -64,8 +66,9 @@ def entries(page: str) -> list[tuple[int, str, str]]:
     return [(int(m[1]), m[2].strip(), page[m.end() : end]) for m, end in zip(found, ends)]
 
 
-def headings(notebook: str) -> set[str]:
-    path = NBS / f"{notebook}.ipynb"
+def headings(link: str) -> set[str]:
+    """Headings of the notebook at a path relative to the page; none if it does not exist."""
+    path = PAGE.parent / link
     cells = nbformat.read(path, as_version=4).cells if path.exists() else []
     prose = "\n".join(c.source for c in cells if c.cell_type == "markdown")
     return set(re.findall(r"^#+ (.+?)\s*$", prose, re.M))
@@ -87,9 +90,9 @@ def complaints(page: str) -> list[str]:
     if listed != [(n, title) for n, title, _ in found]:
         wrong.append("the list at the top is not that of the entries")
     for n, _, text in found:
-        for part in ("**Published.**", "**What follows.**", "**Here.**", "**Shown.**"):
-            if text.count(part) != 1:
-                wrong.append(f"{n}: {part} {text.count(part)} times")
+        for part in ("Published", "What follows", "Here", "Switch", "Shown"):
+            if (times := text.count(f"**{part}.**")) != 1:
+                wrong.append(f"{n}: {part}. {times} times")
         if not re.search(r"^\*(Run|Read|Computed)", text.strip()):
             wrong.append(f"{n}: does not begin with *Run*, *Read* or *Computed*")
         shown = text.partition("**Shown.**")[2]
@@ -97,12 +100,11 @@ def complaints(page: str) -> list[str]:
             LINK.search(shown) or TEST.search(shown) or TO_COME in shown or "Not shown" in shown
         ):
             wrong.append(f"{n}: shown nowhere")
-        for _, heading, notebook, anchor in LINK.findall(text):
+        for chapter, heading, notebook, anchor in LINK.findall(text):
             if heading not in headings(notebook) or anchor != heading.replace(" ", "-"):
                 wrong.append(f"{n}: {notebook} has no heading {heading!r} at #{anchor}")
-        for notebook in re.findall(r"\((\w+)\.ipynb", text):
-            if not (NBS / f"{notebook}.ipynb").exists():
-                wrong.append(f"{n}: there is no {notebook}.ipynb")
+            if not Path(notebook).stem.startswith(chapter):
+                wrong.append(f"{n}: {notebook} is not chapter {chapter}")
         links = len(re.findall(r"\.ipynb", text)), len(LINK.findall(text))
         if links[0] != links[1]:
             wrong.append(f"{n}: {links[0]} notebooks, but {links[1]} links of the agreed form")
@@ -114,6 +116,14 @@ def complaints(page: str) -> list[str]:
         if text.count("tests/test_") != len(TEST.findall(text)):
             wrong.append(f"{n}: a test that is not cited as `tests/FILE.py::NAME`")
     return wrong
+
+
+def switches_said(text: str) -> tuple[list[str], str]:
+    """The switches that an entry names, and its reason where it names none."""
+    said = (SWITCH.search(text) or [""] * 2)[1]
+    if said.startswith("None: "):
+        return [], said.removeprefix("None: ")
+    return re.findall(r"`([\w-]+)`", said), ""
 
 
 def cited(text: str) -> set[int]:
@@ -130,6 +140,17 @@ def test_numbers_and_references_of_the_page():
     assert len(entries(page())) >= 38 and complaints(page()) == []
 
 
+def test_the_page_names_the_switches_of_the_table():
+    """Both ways: each entry's switches are those of the table, or its reason is the table's."""
+    table = re.findall(r"^\| (\d+) \|.*\| ([^|]+) \|$", page(), re.M)
+    listed = {int(n): re.findall(r"`([\w-]+)`", names) for n, names in table}
+    for n, _, text in entries(page()):
+        names = [s.name for s in switches_for(n)]
+        assert switches_said(text) == (names, "" if names else WITHOUT_SWITCH[n]), n
+        assert listed[n] == names, n
+    assert len(listed) == len(entries(page()))
+
+
 def test_no_entry_waits_for_its_test():
     assert [n for n, _, text in entries(page()) if TO_COME in text] == []
 
@@ -139,7 +160,7 @@ def test_cited_numbers_are_on_the_page():
     texts = {
         p.name: p.read_text(encoding="utf-8")
         for folder in ("tests", "streamr1_ref")
-        for p in (ROOT / folder).glob("*.py")
+        for p in (ROOT / folder).rglob("*.py")
         if p.name != "test_errata.py"
     }
     for path in notebooks():
@@ -156,7 +177,8 @@ SINK = "A trap: in bfloat16 the sink stands still"
 GOOD = f"""| 1 | First |
 ## 1. First
 *Run.* **Published.** a **What follows.** b **Here.** c
-**Shown.** [05, {SINK}](05_sink_cache.ipynb#{SINK.replace(" ", "-")}),
+**Switch.** None: d
+**Shown.** [05, {SINK}](../05_sink_cache.ipynb#{SINK.replace(" ", "-")}),
 `tests/test_errata.py::test_numbers_and_references_of_the_page`
 """
 
@@ -166,11 +188,14 @@ GOOD = f"""| 1 | First |
     [
         ("## 1.", "## 2.", "numbers"),
         ("| 1 | First", "| 1 | Second", "list at the top"),
-        ("**Here.**", "", "Here."),
+        ("**Here.**", "", "Here. 0 times"),
         ("*Run.*", "", "begin with"),
         ("still]", "moves]", "no heading"),
         ("#A-trap", "#a-trap", "no heading"),
-        ("05_sink_cache.", "05_sink.", "no heading"),
+        ("../05_sink_cache.", "05_sink_cache.", "no heading"),
+        ("../05_sink_cache.", "../05_sink.", "no heading"),
+        ("[05, A", "[06, A", "is not chapter 06"),
+        ("**Switch.**", "", "Switch. 0 times"),
         ("::test_numbers", "::test_no", "no test"),
         ("test_errata.py:", "test_er.py:", "no test"),
         ("`tests", "tests", "not cited as"),
@@ -197,17 +222,19 @@ def exact_critic(target):
 
 
 def test_positions_do_not_depend_on_the_length_of_a_stream():
-    """Erratum 4: positions of query and keys are those of the window, in block 4 and in 400."""
-    cache, tables = make_cache(SMALL, CacheConfig(), 1, (2, 3)), []
-    zeros = torch.zeros(1, 18, 2, 24)
-    for _ in range(400):
-        cache.begin_block(3)
-        tables.append((cache.block.query_table.clone(), cache.block.key_table.clone()))
-        for layer in cache.layers():
-            layer.attend(zeros, zeros, zeros, write=True)
-        cache.commit()
-    assert all(torch.equal(a, b) for a, b in zip(tables[3], tables[-1]))
-    assert not torch.equal(tables[1][0], tables[3][0])  # while the window fills, they move
+    """Erratum 4: the block behind six frames is the same in block 3 and in block 40.
+
+    One layer, whose keys depend on the remembered frames alone, and no sink: what differs between a
+    short and a long stream with the same last six frames could only be their positions.
+    """
+    torch.manual_seed(0)
+    net = WanTransformer(replace(SMALL, num_layers=1)).requires_grad_(False)
+    sampler = StreamSampler(net, steps=(1000,), cache=CacheConfig(sink="none"))
+    prompt, past = torch.randn(1, 5, 16), torch.randn(1, 117, 4, 4, 6, generator=seeded(0))
+    noise = torch.randn(1, 3, 4, 4, 6, generator=seeded(1))
+    after = [sampler.sample(noise, prompt, initial=past[:, -n:])[:, -3:] for n in (6, 117)]
+    assert torch.equal(*after)
+    assert not torch.equal(after[0], sampler.sample(noise, prompt, initial=past[:, :6])[:, -3:])
 
 
 def test_a_positive_weight_keeps_the_fixed_point():
@@ -297,21 +324,30 @@ def test_the_table_of_shift_8_is_nearly_that_of_shift_5():
     assert torch.equal(*exact)
 
 
+class Listening(WanTransformer):
+    """A network that writes down what it is asked: frames, timesteps and latents."""
+
+    def __init__(self, cfg: WanConfig):
+        super().__init__(cfg)
+        self.heard = []
+
+    def forward(self, x_t, timestep, *args, **kwargs):
+        self.heard.append((x_t.shape[1], timestep.tolist(), x_t))
+        return super().forward(x_t, timestep, *args, **kwargs)
+
+
 def test_scores_have_one_timestep_a_clip_and_the_student_one_a_block():
     """Erratum 13."""
     assert score_timesteps(FlowSchedule(), 4, seeded(0)).shape == (4,)
-    heard = []
-
-    def student(x, timestep, prompt, cache=None):
-        heard.append((tuple(x.shape[:2]), timestep.tolist()))
-        return torch.zeros_like(x)
-
-    cache = make_cache(SMALL, CacheConfig(), 1, (2, 3))
-    cache.begin_block(3)
-    draw = lambda step, x0: torch.zeros_like(x0)
-    noise, prompt = torch.zeros(1, 3, 4, 4, 6), torch.zeros(1, 5, 16)
-    denoise_block(student, noise, prompt, cache, FlowSchedule(), [1000.0, 625.0], draw)
-    assert heard == [((1, 3), [1000.0]), ((1, 3), [625.0])]
+    net, noise = Listening(SMALL), torch.zeros(1, 6, 4, 4, 6)
+    how = {"steps": (1000, 250), "exit_steps": [1], "generator": seeded(0)}
+    self_forcing_rollout(net, noise, torch.zeros(1, 5, 16), FlowSchedule(), **how)
+    # two steps and the finished block, for each block
+    assert [(frames, t) for frames, t, _ in net.heard] == 2 * [
+        (3, [1000.0]),
+        (3, [625.0]),
+        (3, [0.0]),
+    ]
 
 
 def test_guidance_of_the_published_code_is_one_less():
@@ -320,6 +356,7 @@ def test_guidance_of_the_published_code_is_one_less():
     for published in (0.0, 1.0, 3.0):
         usual = apply_guidance(cond, uncond, guidance_scale=1 + published)
         assert relative_error(guided(cond, uncond, published), usual) < 1e-6
+        assert published_guidance(1 + published) == published
 
 
 def test_only_grids_with_the_students_steps_are_taken():
@@ -349,30 +386,31 @@ def test_the_published_patch_order_moves_nearly_all_cells():
 def test_training_noise_of_the_clean_context():
     """Erratum 22: in the table timestep 0 is its last entry; ours remembers the block as it is."""
     assert FlowSchedule().sigma(torch.zeros(1)).item() == pytest.approx(0.005, abs=1e-4)
-    heard, x0 = [], torch.randn(1, 3, 4, 4, 6, generator=seeded(0))
-    listen = lambda x, timestep, prompt, cache, write: heard.append((x, timestep.item()))
-    commit_block(listen, x0, torch.zeros(1, 5, 16), Mock(), FlowSchedule())
-    assert torch.equal(heard[0][0], x0) and heard[0][1] == 0.0
+    net, noise = Listening(SMALL), torch.randn(1, 3, 4, 4, 6, generator=seeded(0))
+    made = self_forcing_rollout(net, noise, torch.zeros(1, 5, 16), FlowSchedule(), exit_steps=[0])
+    _, timestep, remembered = net.heard[-1]
+    assert timestep == [0.0] and torch.equal(remembered, made.latents)
 
 
 def test_a_new_prompt_is_remembered_block_by_block():
-    """Erratum 24: re-caching leaves what a stream would have; one call leaves another past."""
+    """Erratum 24: re-caching leaves what a stream under the new prompt would have had."""
     torch.manual_seed(0)
-    net, schedule = WanTransformer(SMALL).requires_grad_(False), FlowSchedule()
+    net = WanTransformer(SMALL).requires_grad_(False)
     old, new = torch.randn(2, 1, 5, 16, generator=seeded(1))
-    stream = StreamSampler(net).stream(old, seeded(2))
-    blocks = [next(stream) for _ in range(3)]
-    stream.switch_prompt(new)
-    causal, at_once = (make_cache(SMALL, CacheConfig(), 1, (2, 3)) for _ in range(2))
-    for block in blocks:
-        causal.begin_block(3)
-        commit_block(net, block, new, causal, schedule)
-    keys = lambda cache: cache.store[0, 1, :, : cache.length]  # of the second layer
-    assert torch.equal(keys(stream.cache), keys(causal))
-    at_once = make_cache(SMALL, CacheConfig(sink="none"), 1, (2, 3))
-    at_once.begin_block(9)
-    commit_block(net, torch.cat(blocks, 1), new, at_once, schedule)
-    assert relative_error(keys(at_once), keys(causal)) > 1e-3
+
+    def next_block(recache: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The block after a switch, and that of a stream under the new prompt from the start."""
+        generator = seeded(2)
+        stream = StreamSampler(net).stream(old, generator)
+        past = torch.cat([next(stream) for _ in range(3)], 1)
+        fresh = StreamSampler(net).stream(
+            new, seeded(2).set_state(generator.get_state()), initial=past
+        )
+        stream.switch_prompt(new, recache=recache)
+        return next(stream), [next(fresh) for _ in range(4)][-1]
+
+    assert torch.equal(*next_block(recache=True))
+    assert relative_error(*next_block(recache=False)) > 1e-3
 
 
 def test_the_reward_of_a_rollout_is_the_mean_of_its_axes():
@@ -427,7 +465,7 @@ def test_the_balance_window_gets_one_row_a_step():
 
 
 def test_seed_0_is_a_seed():
-    """Erratum 33: two runs with seed 0 draw the same sentences and the same noise."""
+    """Erratum 33: two runs with seed 0 draw the same prompts and the same noise."""
     models = tiny_models()
     draw = lambda seed: Distiller(models, PROMPTS * 8, cfg=DistillationConfig(seed=seed)).draw(3, 0)
     noise = lambda drawn: torch.randn(9, generator=drawn[0])

@@ -9,11 +9,11 @@ from conftest import GOLDEN, relative_error
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from streamr1_ref.published import patch_saliency
 from streamr1_ref.saliency import (
     factor_weights,
     from_blocks,
     fuse_axes,
-    patch_saliency,
     patch_saliency_maps,
     pool_to_latent,
 )
@@ -26,11 +26,9 @@ def test_published_pooling(golden, case):
     tensors, info = golden("saliency_pool")
     c = info["cases"][case]
     pooled = patch_saliency(tensors[f"{case}.gradient"], tuple(c["grid_thw"]), c["merge"])
+    latent = pool_to_latent(pooled, tuple(c["latent_fhw"]))
     assert relative_error(pooled[0], tensors[f"{case}.pooled"]) < 1e-6
-    assert (
-        relative_error(pool_to_latent(pooled, tuple(c["latent_fhw"]))[0], tensors[f"{case}.latent"])
-        < 1e-6
-    )
+    assert relative_error(latent[0], tensors[f"{case}.latent"]) < 1e-6
 
 
 @pytest.mark.parametrize("c", CASES, ids=lambda c: f"{c['id']}-{c['maps']}-{c['combination']}")
@@ -59,11 +57,8 @@ unit = st.floats(0, 1)
 
 @st.composite
 def saliencies(draw):
-    shape, seed, kind = (
-        draw(shapes),
-        draw(st.integers(0, 10**6)),
-        draw(st.sampled_from(["random", "spike", "steps", "tiny"])),
-    )
+    shape, seed = draw(shapes), draw(st.integers(0, 10**6))
+    kind = draw(st.sampled_from(["random", "spike", "steps", "tiny"]))
     x = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return {
         "random": x,
@@ -88,9 +83,8 @@ def test_positive_mean_one_and_floors(s, temporal, gs, fs, gt, ft):
     assert torch.allclose(w.weight.mean((1, 2, 3)), torch.ones(len(s), dtype=s.dtype))
     within = w.spatial if temporal else w.spatial.flatten(1)[:, None]
     for x, floor in ((within.flatten(2), fs), *([(w.temporal[:, None], ft)] if temporal else [])):
-        assert (
-            x.min(2).values / x.max(2).values >= floor - 1e-9
-        ).all()  # floors, up to normalisation
+        # floors, up to normalisation
+        assert (x.min(2).values / x.max(2).values >= floor - 1e-9).all()
 
 
 @given(
@@ -98,13 +92,10 @@ def test_positive_mean_one_and_floors(s, temporal, gs, fs, gt, ft):
 )
 @settings(max_examples=100, deadline=None)
 def test_scale_shift_and_permutation(s, scale, shift, seed):
-    spans = [
-        s.mean((2, 3)).amax(1) - s.mean((2, 3)).amin(1),
-        (s.amax((2, 3)) - s.amin((2, 3))).flatten(),
-    ]
-    assume(
-        not any(((x > 0) & (x < 1e-5)).any() for x in spans)
-    )  # not near the published threshold for flat maps
+    frames, regions = s.mean((2, 3)), s.amax((2, 3)) - s.amin((2, 3))
+    spans = [frames.amax(1) - frames.amin(1), regions.flatten()]
+    # not near the published threshold for flat maps
+    assume(not any(((x > 0) & (x < 1e-5)).any() for x in spans))
     w = factor_weights(s).weight
     assert torch.allclose(factor_weights(scale * s + shift).weight, w, atol=1e-4)
     g = torch.Generator().manual_seed(seed)
@@ -141,40 +132,27 @@ def video_reward():
     return gold.reward()
 
 
+def raw_maps(video_reward, clip, prompt, merge=None):
+    """Rewards and saliency at the patches of a recorded clip, the maps of raw scores."""
+    pixels = clip[None].float() / 255
+    rewards, maps = patch_saliency_maps(video_reward, pixels, [prompt], merge)
+    stacked = torch.cat([maps[axis] for axis in ("VQ", "MQ", "TA")])
+    return rewards, stacked * video_reward.std.view(3, 1, 1, 1)
+
+
 @pytest.mark.parametrize("name", gold.names("train_[a-z]"))
-@pytest.mark.parametrize(
-    "layout, expected", [("raster", "saliency_patch_raster"), ("published", "saliency_patch")]
-)
-def test_golden_videoreward_patch_saliency(video_reward, name, layout, expected):
+@pytest.mark.parametrize("merge", [None, 1], ids=["true places", "published"])
+def test_golden_videoreward_patch_saliency(video_reward, name, merge):
     tensors, info = gold.load(name)
-    rewards, maps = patch_saliency_maps(
-        video_reward, tensors["pixels_u8"][None].float() / 255, [info["prompt"]], layout
-    )
+    rewards, maps = raw_maps(video_reward, tensors["pixels_u8"], info["prompt"], merge)
     assert (gold.raw(video_reward, rewards) - tensors["raw"]).abs().max() < 1e-5
-    stacked = torch.cat([maps[axis] for axis in ("VQ", "MQ", "TA")]) * video_reward.std.view(
-        3, 1, 1, 1
-    )  # of raw scores
-    assert relative_error(stacked, tensors[expected]) < 3e-5
-    if layout == "published":
-        latent = tuple(tensors["saliency_patch_latent"].shape[1:])
-        assert (
-            relative_error(pool_to_latent(stacked, latent), tensors["saliency_patch_latent"]) < 3e-5
-        )
-        assert (
-            relative_error(stacked, tensors["saliency_patch_raster"]) > 0.1
-        )  # a scrambled map is no small error
-
-
-def test_golden_videoreward_true_places_are_the_default(video_reward):
-    tensors, info = gold.load("train_b")
-    _, maps = patch_saliency_maps(
-        video_reward, tensors["pixels_u8"][None].float() / 255, [info["prompt"]]
-    )
-    for i, axis in enumerate(("VQ", "MQ", "TA")):
-        assert (
-            relative_error(maps[axis][0] * video_reward.std[i], tensors["saliency_patch_raster"][i])
-            < 3e-5
-        )
+    expected = tensors["saliency_patch" if merge else "saliency_patch_raster"]
+    assert relative_error(maps, expected) < 3e-5
+    if merge:
+        latent = tensors["saliency_patch_latent"]
+        assert relative_error(pool_to_latent(maps, tuple(latent.shape[1:])), latent) < 3e-5
+        # a scrambled map is no small error
+        assert relative_error(maps, tensors["saliency_patch_raster"]) > 0.1
 
 
 def test_patch_saliency_takes_one_forward_pass_and_batches_do_not_mix(video_reward, monkeypatch):
@@ -192,11 +170,11 @@ def test_patch_saliency_takes_one_forward_pass_and_batches_do_not_mix(video_rewa
 
 
 def test_the_published_order_at_full_size_is_scrambled():
-    """Erratum 19: at 24 x 42 one cell in twenty is in its place, and a cell is off by 10.5 columns on average."""
+    """Erratum 19: at 24 x 42 a cell in twenty is in place, and the mean error is 10.5 columns."""
     places = torch.arange(24 * 42)
     by_blocks = places.view(12, 2, 21, 2).transpose(1, 2).flatten()
     assert torch.equal(from_blocks(by_blocks, (1, 24, 42), 2).flatten(), places)
-    shown = from_blocks(by_blocks, (1, 24, 42), 2, "published").flatten()
+    shown = from_blocks(by_blocks, (1, 24, 42), merge=1).flatten()
     assert round((shown == places).float().mean().item(), 2) == 0.05
     assert abs((shown % 42 - places % 42).abs().float().mean() - 10.5) < 0.05
 
@@ -219,11 +197,9 @@ def test_every_patch_finds_its_place(t, h, w, merge, clips):
 
 def test_patch_saliency_refuses(video_reward):
     clip = torch.rand(1, 2, 3, 56, 84)
-    with pytest.raises(ValueError, match="layout: expected raster or published, got 'rows'"):
-        patch_saliency_maps(video_reward, clip, ["a"], "rows")
+    with pytest.raises(ValueError, match="in blocks of 5 x 5"):
+        patch_saliency_maps(video_reward, clip, ["a"], merge=5)
     with pytest.raises(ValueError, match="pixels: expected B=2"):
         patch_saliency_maps(video_reward, clip, ["a", "b"])
-    with pytest.raises(
-        FloatingPointError, match="saliency: the gradient of VQ is not finite for clip 0"
-    ):
+    with pytest.raises(FloatingPointError, match="the gradient of VQ is not finite for clip 0"):
         patch_saliency_maps(video_reward, clip * float("nan"), ["a"])
