@@ -1,4 +1,4 @@
-"""Run, check and publish the notebooks: `python tests/notebooks.py run|check|readme [notebook ...]`.
+"""Run, check and publish notebooks: `python tests/notebooks.py run|check|readme [notebook ...]`.
 
 `run` executes notebooks in fresh kernels and saves them with their outputs, `check` lists what is
 wrong with the committed ones and with the code's form (ruff), `readme` writes README.md from
@@ -45,15 +45,16 @@ MAX_CELL = 40  # lines; a class stays whole
 # the order of the course; a module imports only modules of notebooks before its own
 ORDER = """
 conventions files runtime video widgets ports
-00_moving_digits 00b_oracle 01_latents 02_flow_matching 03_transformer text 03b_tiny_teacher 03c_exact_teacher 03d_better_teacher
-04_causal_attention 05_sink_cache 06_self_forcing 06b_tiny_student 07_dmd_gradient 07b_plane 08_reward_model 08b_tiny_reward
+00_moving_digits 00b_oracle 01_latents 02_flow_matching 03_transformer text
+03b_tiny_teacher 03c_exact_teacher 03d_better_teacher 04_causal_attention 05_sink_cache
+06_self_forcing 06b_tiny_student 07_dmd_gradient 07b_plane 08_reward_model 08b_tiny_reward
 09_reward_weighting 10_saliency 11_adaptive_balancing 12_stream_r1 models 13_training 14_streaming
 vae 15_wan 15a_video_reward 15b_full_scale 15c_budget 16_ablation errata public cli index
 """.split()
 
 
 def notebooks(names: list[str] = ()) -> list[Path]:
-    """The notebooks called `names` (stems), or all, in the order in which they build on each other."""
+    """The notebooks called `names` (stems), or all, in the order of the course."""
     found = {p.stem: p for p in NBS.rglob("*.ipynb") if not p.name.startswith(("_", "."))}
     if unknown := (set(names) | set(ORDER)) - set(found):
         have = ", ".join(found)
@@ -150,7 +151,7 @@ def dead_links(text: str, folder: Path) -> list[str]:
 
 
 def links_from(text: str, folder: str) -> str:
-    """A text that stood in `folder`, with its relative links as they are seen from the top folder."""
+    """A text that stood in `folder`, with its relative links as seen from the top folder."""
 
     def seen(m: re.Match) -> str:
         return m["before"] + os.path.normpath(os.path.join(folder, m["to"])).replace(os.sep, "/")
@@ -159,7 +160,7 @@ def links_from(text: str, folder: str) -> str:
 
 
 def parsed(source: str) -> ast.Module:
-    """A cell's code as a tree; lines for the notebook itself (%magic, !command) count as nothing."""
+    """A cell's code as a tree; lines for the notebook (%magic, !command) count as nothing."""
     return ast.parse(re.sub(r"^[%!].*$", "pass", source, flags=re.M))
 
 
@@ -199,7 +200,7 @@ def checks(tree: ast.AST) -> list[ast.AST]:
 
 
 def can_fail(check: ast.AST) -> bool:
-    """False for a comparison of an expression with itself, and for a tuple, which is always true."""
+    """False for a comparison of something with itself, and for a tuple, which is always true."""
     sides = [check]
     if isinstance(check, ast.Compare):
         sides = [check.left, *check.comparators]
@@ -257,7 +258,7 @@ def holds_one_class(source: str) -> bool:
 
 
 def teaching(path: Path) -> dict:
-    """Measures of a notebook: words of prose, longest cell, exported definitions, and untested ones.
+    """Measures of a notebook: words of prose, longest cell, definitions, and untested ones.
 
     `longest_cell` counts lines of cells that do not hold one exported class. `untested` are the
     definitions of those cells of which no test in the next three cells depends on any.
@@ -351,7 +352,7 @@ def form() -> dict:
 
 
 def ruff() -> list[str]:
-    """What ruff finds in notebooks and tests, by the rules in pyproject.toml: width, names, layout."""
+    """What ruff finds in notebooks and tests by pyproject.toml's rules: width, names, layout."""
     found = []
     where = ["nbs", "tests", "setup.py"]
     for command in (["check", "--output-format", "concise"], ["format", "--check"]):
@@ -382,7 +383,7 @@ def readme() -> str:
 
 
 def check(paths: list[Path], everything: bool) -> list[str]:
-    """Print a table of the notebooks, and return what is wrong; with `everything` the code's form too."""
+    """Print a table of notebooks and return what is wrong; `everything`: the code's form too."""
     wrong = [f"{path.name}: {problem}" for path in paths for problem in problems(path)]
     print(f"{'room':10} {'notebook':24}{'words':>7}{'longest':>9}{'exported':>10}  untested")
     for row in map(teaching, paths):

@@ -1,8 +1,9 @@
-"""What docstrings of the package must say: `python tests/test_docstrings.py [module ...]` lists what is missing.
+"""What the docstrings must say; `python tests/test_docstrings.py [module ...]` lists flaws.
 
-The docstrings are prose with shapes in square brackets. Checkers of docstrings (pydocstyle's rules in ruff, numpydoc,
-darglint, docstring_parser) compare sections such as "Args:" or "Parameters" with the signature; none of them reads a
-sentence, and none knows shapes. Hence this one, on the syntax tree: nothing is imported.
+The docstrings are prose with shapes in square brackets. Checkers of docstrings (pydocstyle's rules
+in ruff, numpydoc, darglint, docstring_parser) compare sections such as "Args:" or "Parameters" with
+the signature; none of them reads a sentence, and none knows shapes. Hence this one, on the syntax
+tree: nothing is imported.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "streamr1_ref"
 WIDTH = 100
-SHAPE = re.compile(
-    r"\[(?=[^\]]*[A-Za-z0-9])[^\[\]`'\"]*\]|\bscalars?\b|\bany shape\b|\bsame shape\b|\bshape of\b|\bshaped like\b"
-)
+IN_BRACKETS = r"\[(?=[^\]]*[A-Za-z0-9])[^\[\]`'\"]*\]"
+IN_WORDS = r"\b(?:scalars?|any shape|same shape|shape of|shaped like)\b"
+SHAPE = re.compile(f"{IN_BRACKETS}|{IN_WORDS}")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def package_modules() -> dict[str, Path]:
-    """Name below the package ("cache", "tiny.world") and file of every module that a notebook exports."""
+    """Name below the package ("cache", "tiny.world") and file of every module."""
     paths = sorted(PACKAGE.rglob("*.py"))
     return {
         ".".join(p.relative_to(PACKAGE).with_suffix("").parts): p
@@ -35,7 +36,7 @@ def package_modules() -> dict[str, Path]:
 
 
 def decorators(node: ast.AST) -> set[str]:
-    """Last words of a definition's decorators: {"dataclass"} for @dataclasses.dataclass(frozen=True)."""
+    """Last words of decorators: "dataclass" for @dataclasses.dataclass(frozen=True)."""
     calls = [d.func if isinstance(d, ast.Call) else d for d in node.decorator_list]
     return {d.attr if isinstance(d, ast.Attribute) else getattr(d, "id", "") for d in calls}
 
@@ -53,7 +54,10 @@ def has_fields(node: ast.ClassDef) -> bool:
 
 
 def is_tensor(annotation: ast.AST | None) -> bool:
-    """Whether values are a tensor, None or a tensor, or a tuple or list of tensors. No dict, no function of tensors."""
+    """Whether values are a tensor, None or a tensor, or a tuple or list of tensors.
+
+    Dictionaries do not count, and functions of tensors do not.
+    """
     if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
         annotation = ast.parse(annotation.value, mode="eval").body
     if isinstance(annotation, (ast.Name, ast.Attribute)):
@@ -75,7 +79,7 @@ def sentences(text: str) -> list[str]:
 
 
 def names(text: str, name: str) -> bool:
-    """Whether a text mentions a parameter. "a" and "I" are also words, so that they count in backticks only."""
+    """Whether a text mentions a parameter; the words "a" and "i" count in backticks only."""
     marked = rf"`[^`]*\b{re.escape(name)}\b[^`]*`"
     plain = rf"(?<![\w.]){re.escape(name)}\b"
     return bool(re.search(marked if name in ("a", "i") else plain, text)) or bool(
@@ -84,7 +88,7 @@ def names(text: str, name: str) -> bool:
 
 
 def raised(node: ast.AST) -> list[str]:
-    """Public exception types that a body raises by name, in order; bare `raise` and `raise error` pass one on."""
+    """Public exception types that a body raises by name, in order of appearance."""
     found = []
     for part in ast.walk(node):
         if isinstance(part, ast.Raise) and part.exc is not None:
@@ -113,7 +117,7 @@ class Module:
         self.documented = documented or {}  # class -> methods that it or its bases describe
 
     def comment(self, node: ast.AST) -> str:
-        """Comments on the lines of a field or parameter, and those that stand alone right before it."""
+        """Comments on the lines of a field or parameter, and lines of them right before it."""
         near = self.lines[node.lineno - 1 : node.end_lineno]
         for line in reversed(self.lines[: node.lineno - 1]):
             if not line.strip().startswith("#"):
@@ -122,12 +126,12 @@ class Module:
         return " ".join(line.split("#", 1)[1] for line in near if "#" in line)
 
     def parameters(self, node: Function) -> list[ast.arg]:
-        """Parameters that a docstring must name: without self, cls, *args, **kwargs and private ones."""
+        """Parameters that a docstring must name: no self, cls, *args, **kwargs, no private ones."""
         arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
         return [a for a in arguments if a.arg not in ("self", "cls") and a.arg[0] != "_"]
 
     def missing(self, name: str, parts: list, text: str) -> Iterator[str]:
-        """Parameters or fields (name, annotation, node) that `text` and the comments do not describe."""
+        """Findings on parameters or fields (name, annotation, node) that nothing describes."""
         for part, annotation, node in parts:
             comment = self.comment(node)
             if not (names(text, part) or comment):
@@ -139,7 +143,7 @@ class Module:
                 yield f"{name}: no shape, such as [B,F,C,H,W], or scalar, beside `{part}`"
 
     def of_function(self, node: Function, name: str, around: str = "") -> Iterator[str]:
-        """Findings on a function; `around` is its class's docstring where that counts as its own."""
+        """Findings on a function; `around` is its class's docstring where that may describe it."""
         doc = ast.get_docstring(node)
         if doc is None and not around:
             yield f"{name}: no docstring"

@@ -8,7 +8,7 @@ import pytest
 
 import streamr1_ref
 
-# what a reader of the method does not need: video, widgets, figures, models of other packages, the command line
+# what the method does not need: video, widgets, figures, other packages' models, command lines
 HEAVY = {"av", "IPython", "ipywidgets", "matplotlib", "sklearn", "diffusers", "transformers", "PIL"}
 HEAVY |= {"tyro"}
 
