@@ -9,6 +9,7 @@ tree: nothing is imported.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -229,14 +230,20 @@ def described_methods(trees: list[ast.Module]) -> dict[str, set[str]]:
     return {name: set().union(*map(of, bases(node))) for name, node in classes.items()}
 
 
+@functools.cache
+def package_sources() -> tuple[dict[str, str], dict[str, set[str]]]:
+    """The code of all modules by name, and the methods that base classes describe."""
+    paths = package_modules()
+    sources = {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
+    return sources, described_methods([ast.parse(s) for s in sources.values()])
+
+
 def findings(module: str) -> list[str]:
-    """What docstrings of a module ("cache", "tiny.world") lack."""
-    sources = {name: path.read_text(encoding="utf-8") for name, path in package_modules().items()}
+    """What docstrings of a module ("cache", "tiny.world") lack; SystemExit for an unknown one."""
+    sources, described = package_sources()
     if module not in sources:
         raise SystemExit(f"no such module: {module}; there are {', '.join(sources)}")
-    return Module(
-        module, sources[module], described_methods([ast.parse(s) for s in sources.values()])
-    ).findings()
+    return Module(module, sources[module], described).findings()
 
 
 @pytest.mark.parametrize("module", package_modules())

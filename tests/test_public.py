@@ -62,6 +62,7 @@ def test_unknown_name_is_refused_with_a_hint():
         from streamr1_ref import zebra  # noqa: F401
 
 
+@pytest.mark.slow
 def test_importing_the_package_is_quick_and_loads_no_torch():
     code = """
 import sys, time
@@ -74,12 +75,14 @@ print(time.perf_counter() - begin, *sys.modules)
     assert float(seconds) < 1.0  # measured 2 ms; the bound leaves room for a busy machine
 
 
+@pytest.mark.slow
 def test_a_name_loads_no_more_than_its_module():
     modules = loaded_by("from streamr1_ref import FlowSchedule")
     assert "torch" in modules and "streamr1_ref.flow" in modules
     assert "streamr1_ref.transformer" not in modules
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["transformer", "cache", "rollout", "dmd", "objective"])
 def test_a_core_module_brings_in_nothing_heavy(module):
     modules = loaded_by(f"import streamr1_ref.{module}")
@@ -87,6 +90,7 @@ def test_a_core_module_brings_in_nothing_heavy(module):
     assert not [m for m in modules if m.startswith(("streamr1_ref.tiny", "streamr1_ref.wan"))]
 
 
+@pytest.mark.slow
 def test_heavy_modules_would_be_seen():
     assert {"PIL", "streamr1_ref"} <= loaded_by("import streamr1_ref, PIL") & (
         HEAVY | {"streamr1_ref"}

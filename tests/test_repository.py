@@ -8,6 +8,7 @@ from configparser import ConfigParser
 from graphlib import TopologicalSorter
 
 import pytest
+from conftest import SLOW
 from notebooks import ROOT, module_of, notebooks, package_files
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -249,6 +250,12 @@ def test_nothing_is_hard_coded():
         if re.search(pattern, code)
     ]
     assert found == []
+
+
+def test_slow_tests_exist():
+    """Else a renamed test would come back into `make quick` unseen."""
+    texts = {name: (ROOT / "tests" / name).read_text(encoding="utf-8") for name in SLOW}
+    assert [n for f, names in SLOW.items() for n in names if f"def {n}(" not in texts[f]] == []
 
 
 @pytest.mark.skipif(not tracked, reason="not a git checkout")
