@@ -26,6 +26,7 @@ from notebooks import (
     module_of,
     notebooks,
     output_kinds,
+    packed,
     parsed,
     patches,
     problems,
@@ -160,12 +161,15 @@ def test_code_is_narrow_and_classes_are_whole():
     measures = form()
     assert measures["wide"] == []
     assert len(measures["patches"]) <= MAX_PATCHES, measures["patches"]
+    assert measures["packed"] == []
     assert measures["longest cell"][0] <= MAX_CELL, measures["longest cell"]
 
 
 def test_the_form_of_code_is_measured():
     patched = "@patch\ndef size(self: A): pass\n@patch(as_prop=True)\ndef area(self: A): pass"
     assert patches(patched + "\n@patched\nclass B:\n    def size(self): pass") == ["size", "area"]
+    assert len(packed("f = lambda x: x\na, b, c, d = 1, 2, 3, 4")) == 2
+    assert packed("a, b, c = 1, 2, 3\na, b, c, d = x.shape\nsort(key=lambda x: x)") == []
     source = f'"""{"x" * 120}"""\n# %% a.ipynb {"1" * 90}\n__all__ = ["{"n" * 100}"]\n'
     assert written(source) == [] and written(source + "y = 1") == ["y = 1"]
     long = "#| export\nclass A:\n" + "    x = 1\n" * 60
