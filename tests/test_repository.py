@@ -37,8 +37,10 @@ def test_top_level_has_what_it_needs_and_nothing_that_was_left_behind():
         "settings.ini",
         "setup.py",
         "README.md",
+        "CONTRIBUTING.md",
         "Makefile",
         "LICENSE",
+        "pyproject.toml",
         "requirements.lock",
     } <= files
     stray = {
