@@ -1,4 +1,5 @@
-"""Packaging: everything is read from settings.ini, the one place where versions and requirements are kept."""
+"""Packaging: all is read from settings.ini, the one place of versions and requirements."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -13,7 +14,9 @@ setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(here / "README.md").read_text(encoding="utf-8") if (here / "README.md").exists() else "",
+    long_description=(here / "README.md").read_text(encoding="utf-8")
+    if (here / "README.md").exists()
+    else "",
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],
@@ -23,7 +26,11 @@ setup(
     packages=find_packages(include=["streamr1_ref*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("gpu", "wan", "board", "dev")},
-    entry_points={"console_scripts": cfg["console_scripts"].split(),
-                  "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+    extras_require={
+        name: cfg[f"{name}_requirements"].split() for name in ("gpu", "wan", "board", "dev")
+    },
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
+    },
 )
