@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from .cache import CacheConfig
 from .flow import FlowSchedule
 from .ports import Denoiser, LatentCodec, TextEncoder
-from .rollout import Stream, StreamSampler
+from .rollout import SamplerConfig, Stream, StreamSampler
 from .transformer import WanConfig, WanTransformer, load_wan_weights
 from .utils.files import load_tensors, read_config, save_tensors, write_config
 from .utils.runtime import progress, seeded
@@ -122,22 +122,22 @@ class TransformerFiles:
 
 # %% ../nbs/14_streaming.ipynb #1cc4e774
 def sampler_settings(sampler: StreamSampler) -> dict[str, Any]:
-    """Return the settings of `sampler` that change a video, as JSON has them."""
-    return asdict(sampler.schedule) | {
-        "steps": list(sampler.steps),
-        "frames_per_block": sampler.frames_per_block,
-        "context_noise": sampler.context_noise,
-        "cache": asdict(sampler.cache),
-    }
+    """Return all settings of `sampler` that change a video, as JSON has them."""
+    config = asdict(sampler.config)
+    steps = {"steps": list(config.pop("denoising_steps"))}  # the first edition's name in the file
+    return asdict(sampler.schedule) | steps | config
 
 
 def make_sampler(net: Denoiser, settings: dict[str, Any]) -> StreamSampler:
-    """Return the sampler of `net` with `settings` as `sampler_settings` has them."""
-    schedule, cache = dict(settings), CacheConfig(**settings["cache"])
-    names = ("steps", "frames_per_block", "context_noise")
-    own = {name: schedule.pop(name) for name in names}
-    del schedule["cache"]
-    return StreamSampler(net, FlowSchedule(**schedule), cache=cache, **own)
+    """Return the sampler of `net` with `settings` as `sampler_settings` has them.
+
+    Raises ValueError or TypeError for settings that `SamplerConfig` or `FlowSchedule` refuse.
+    """
+    own = {field.name for field in fields(FlowSchedule)}
+    schedule = FlowSchedule(**{name: settings[name] for name in own & settings.keys()})
+    rest = {name: value for name, value in settings.items() if name not in own}
+    steps, cache = rest.pop("steps"), CacheConfig(**rest.pop("cache"))
+    return StreamSampler(net, schedule, config=SamplerConfig(steps, cache=cache, **rest))
 
 # %% ../nbs/14_streaming.ipynb #bd8e2683
 @dataclass

@@ -82,11 +82,13 @@ class Denoiser(Protocol):
         timestep: torch.Tensor,
         prompt_embeds: torch.Tensor,
         cache: Any | None = None,
+        write: bool = False,
     ) -> torch.Tensor:
         """Return the flow [B,F,C,H,W], noise minus clip, that the network predicts.
 
         x_t are noisy latents [B,F,C,H,W]; timestep is [B] or [B,F], in [0,1000]; prompt_embeds are
-        [B,L,text_dim]. With a `cache`, the past of a stream, x_t is the block that is open in it.
+        [B,L,text_dim]. With a `cache`, the past of a stream, x_t is the block that is open in it;
+        `write` says that x_t are finished latents, which the cache is to keep.
         """
 
 # %% ../nbs/reference/ports.ipynb #31a7782c
