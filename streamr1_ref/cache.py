@@ -129,7 +129,8 @@ def window_positions(visible: Visible, cfg: CacheConfig, device: torch.device) -
 def published_positions(visible: Visible, cfg: CacheConfig, device: torch.device) -> Positions:
     """Return positions as the released code counts them, which subtracts too much without a sink.
 
-    Arguments and result as in `window_positions`; with a sink in `cfg` both rules are the same.
+    `visible`, `cfg`, `device` and the result [past], [f], [f] are as in `window_positions`; with a
+    sink in `cfg` both rules are the same.
     """
     past, own, queries = window_positions(visible, cfg, device)
     if cfg.num_sink:

@@ -20,8 +20,8 @@ from .utils.checks import check_choices, check_tensor
 
 # %% auto #0
 __all__ = ['Draw', 'check_steps', 'SamplerConfig', 'denoise_block', 'fresh_noise', 'commit_block', 'BlockPlan', 'CurrentPrompt',
-           'generate_blocks', 'plan_blocks', 'initial_sizes', 'sampler_config', 'check_start', 'Stream',
-           'StreamSampler', 'Rollout', 'draw_exit_steps', 'check_exit_steps', 'self_forcing_rollout']
+           'generate_blocks', 'plan_blocks', 'initial_sizes', 'sampler_config', 'Stream', 'StreamSampler',
+           'check_start', 'Rollout', 'draw_exit_steps', 'check_exit_steps', 'self_forcing_rollout']
 
 # %% ../nbs/06_self_forcing.ipynb #94d79f16
 def check_steps(schedule: FlowSchedule, steps: Sequence[int]) -> list[float]:
@@ -244,32 +244,6 @@ def sampler_config(
     changes = {name: value for name, value in given.items() if value is not None}
     return replace(config or SamplerConfig(), **changes)
 
-# %% ../nbs/06_self_forcing.ipynb #088accbe
-def check_start(
-    sampler: StreamSampler,
-    prompt_embeds: torch.Tensor,
-    initial: torch.Tensor | None,
-    size: tuple[int, int],
-    frames: int | None,
-) -> None:
-    """Raise ValueError, before any work, for a start that does not fit `sampler`.
-
-    That is prompt_embeds [B,L,text_dim] of another width, `initial` [B,k,C,H,W] of another batch,
-    number of channels or `size` (rows, columns), or more `frames` than a cache without a window
-    holds.
-    """
-    cfg, cache = sampler.net.cfg, sampler.cache
-    check_tensor("prompt_embeds", prompt_embeds, "B L D", D=cfg.text_dim)
-    total = frames or 0
-    if initial is not None:
-        sizes = {"B": len(prompt_embeds), "C": cfg.in_channels, "H": size[0], "W": size[1]}
-        total += check_tensor("initial", initial, "B F C H W", **sizes).shape[1]
-    if cache.window_frames is None and frames is not None and total > cache.max_frames:
-        raise ValueError(
-            f"max_frames: a cache without a window holds {cache.max_frames} frames, "
-            f"got a clip of {total}; raise max_frames or set window_frames"
-        )
-
 # %% ../nbs/06_self_forcing.ipynb #426bd4f4
 class Stream:
     """An iterator over finished blocks of latents [B,f,C,H,W], made by `StreamSampler.stream`.
@@ -434,6 +408,32 @@ class StreamSampler:
         check_start(self, prompt_embeds, initial, (H, W), frames)
         run = Stream(self, prompt_embeds, blocks, (H, W), generator, renoise, initial)
         return torch.cat(list(run), 1)
+
+# %% ../nbs/06_self_forcing.ipynb #088accbe
+def check_start(
+    sampler: StreamSampler,
+    prompt_embeds: torch.Tensor,
+    initial: torch.Tensor | None,
+    size: tuple[int, int],
+    frames: int | None,
+) -> None:
+    """Raise ValueError, before any work, for a start that does not fit `sampler`.
+
+    That is prompt_embeds [B,L,text_dim] of another width, `initial` [B,k,C,H,W] of another batch,
+    number of channels or `size` (rows, columns), or more `frames` than a cache without a window
+    holds.
+    """
+    cfg, cache = sampler.net.cfg, sampler.cache
+    check_tensor("prompt_embeds", prompt_embeds, "B L D", D=cfg.text_dim)
+    total = frames or 0
+    if initial is not None:
+        sizes = {"B": len(prompt_embeds), "C": cfg.in_channels, "H": size[0], "W": size[1]}
+        total += check_tensor("initial", initial, "B F C H W", **sizes).shape[1]
+    if cache.window_frames is None and frames is not None and total > cache.max_frames:
+        raise ValueError(
+            f"max_frames: a cache without a window holds {cache.max_frames} frames, "
+            f"got a clip of {total}; raise max_frames or set window_frames"
+        )
 
 # %% ../nbs/06_self_forcing.ipynb #c6a891a4
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Kernels that this machine has give the same numbers; masks as tables, dense and flex agree with a brute-force rule."""
+"""Kernels of this machine give the same numbers; tables, dense and flex masks are the same rule."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The sampler and the training rollout against the published ones, and what no reader needs to see."""
+"""Sampler and training rollout against the published ones; frame counts, gradients and memory."""
 
 import gc
 from dataclasses import replace
@@ -11,9 +11,9 @@ from streamr1_ref.cache import CacheConfig, make_cache
 from streamr1_ref.flow import FlowSchedule
 from streamr1_ref.rollout import (
     StreamSampler,
+    commit_block,
     denoise_block,
     fresh_noise,
-    remember,
     self_forcing_rollout,
 )
 from streamr1_ref.transformer import WanConfig, WanTransformer, load_wan_weights
@@ -75,7 +75,7 @@ def test_published_sampler_call_by_call(golden):
     )
     errors = []
     for b, x in enumerate(tensors["noise"].split(3, 1)):
-        cache.open(3)
+        cache.begin_block(3)
         for s in range(4):  # the block as it is after each of its calls
             x0 = denoise_block(
                 net,
@@ -88,7 +88,7 @@ def test_published_sampler_call_by_call(golden):
                 exit_step=s,
             )
             errors.append(relative_error(x0, tensors[f"x0.{b}.{s}"]))
-        remember(net, x0, prompt, cache, schedule)
+        commit_block(net, x0, prompt, cache, schedule)
     assert len(errors) == 28 and max(errors) < 1e-4, errors
     for layer in range(2):
         for kind, name in enumerate(("k", "v")):
@@ -177,10 +177,10 @@ def test_any_frame_count_and_block_size(cache, frames, per_block):
     )
     make = lambda: sampler.sample(noise, prompt, generator=torch.Generator().manual_seed(0))
     if cache.window_frames and first > cache.window_frames - cache.num_sink:
-        with pytest.raises(
-            ValueError,
-            match=rf"window_frames: expected at least sink_frames \+ the block = 3 \+ {first}, got 9",
-        ):
+        message = (
+            rf"window_frames: expected at least sink_frames \+ the block = 3 \+ {first}, got 9"
+        )
+        with pytest.raises(ValueError, match=message):
             make()
         return
     out = make()
@@ -240,7 +240,7 @@ def test_gradient_reaches_the_weights_of_every_exit(evict, exit_steps):
 
 @pytest.mark.parametrize("evict", [True, False])
 def test_recomputing_layers_in_the_backward_pass_changes_no_gradient(evict):
-    """Later blocks overwrite what the first ones saw; a backward pass that computes them again must not notice (LongLive #16)."""
+    """Blocks that are computed again must not notice what later ones wrote (LongLive #16)."""
     grads = []
     for checkpointing in (False, True):
         net = small_net().double()
@@ -297,20 +297,21 @@ def test_the_gpu_streams_the_same_video():
 
 
 def test_a_training_rollout_keeps_no_copy_of_the_past(monkeypatch):
-    """Nothing leaves a training cache, so the backward pass can read its store (copies took 8.84 GiB at 1.3B, 832 x 480)."""
+    """The backward pass reads the store (copies took 8.84 GiB at 1.3B, 832 x 480)."""
     monkeypatch.setattr(
         FlowSchedule, "sigma", lambda self, t: torch.full(t.shape, 0.5, device=t.device)
     )  # meta has no values
     frame = 2 * 30 * 52 * 1536 * 2  # bytes of a frame's keys and values in a layer, bfloat16
     per_layer = (kept_by_a_rollout(3) - kept_by_a_rollout(2)) / frame
-    # the store holds 21 frames, and what enters a checkpointed layer is worth half as much; copies would be 33 more
+    # the store holds 21 frames, and what enters a checkpointed layer is worth half as much;
+    # copies would be 33 more
     assert per_layer == pytest.approx(31.5, rel=0.01), (
         f"{per_layer:.1f} frames of keys and values are kept a layer"
     )
 
 
 def kept_by_a_rollout(num_layers):
-    """Bytes that a rollout of 21 frames with the widths of Wan2.1 1.3B keeps for its backward pass."""
+    """Bytes that a rollout of 21 frames as wide as Wan2.1 1.3B keeps for its backward pass."""
     cfg = replace(WanConfig.wan_1_3b(), num_layers=num_layers)
     with torch.device("meta"):
         net = WanTransformer(cfg).to(torch.bfloat16)
@@ -324,7 +325,7 @@ def kept_by_a_rollout(num_layers):
 
 
 def meta_storages():
-    """Bytes of every storage of a tensor on the meta device that Python can reach, by its address."""
+    """Bytes of every storage of a tensor on the meta device that Python can reach, by address."""
     gc.collect()
     tensors = [
         o

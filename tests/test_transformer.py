@@ -1,4 +1,4 @@
-"""The transformer against the published code, diffusers and the released checkpoints' names, and what its loader refuses."""
+"""The transformer against the published code, diffusers and released checkpoints; its refusals."""
 
 import json
 
@@ -123,7 +123,7 @@ def test_patches_of_several_frames(generator):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_released_tensor_has_its_place(name):
-    """All names and shapes of the released checkpoints (825 and 1,095 tensors), and the map to diffusers' names."""
+    """Names and shapes of the released checkpoints (825, 1,095 tensors), and diffusers' names."""
     spec, cfg = KEYS[name], PRESETS[name]
     assert {k: getattr(cfg, k) for k in spec["config"]} == spec["config"]
     official = {}

@@ -5,7 +5,6 @@
 # %% ../../nbs/cli/cli.ipynb #72b51de2
 from __future__ import annotations
 
-import copy
 import json
 import os
 import platform
@@ -1411,7 +1410,7 @@ def split_times(
     stream: Stream, decode: Callable, blocks: int, inside: bool = True
 ) -> dict[str, float]:
     """Where the time of the next blocks goes, in milliseconds; measured apart, since waiting around each attention slows a GPU down. Without `inside` no clock is put into the layers, which compiled ones need."""
-    net, watch = copy.copy(stream.sampler.net), Stopwatch(stream.prompt_embeds.device)
+    net, watch = stream.sampler.net, Stopwatch(stream.prompt_embeds.device)
     layers, plain = (
         [block.self_attn for block in net.blocks] if inside else [],
         net.blocks[0].self_attn.attend,
@@ -1424,13 +1423,11 @@ def split_times(
             "noisy" if timestep[0] > stream.sampler.context_noise else "clean"
         ),
     )
-    stream.sampler, stream.cache.open = (
-        replace(stream.sampler, net=net),
-        watch.wrap(stream.cache.open, "open"),
-    )
+    stream.cache.begin_block = watch.wrap(stream.cache.begin_block, "open")
     decode = watch.wrap(decode, "decode")
     for _ in range(blocks):
         decode(next(stream))
+    del net.forward, stream.cache.begin_block  # the clocks; what they hid is there again
     for layer in layers:
         layer.attend = plain
     attention = 1e3 * watch.seconds["attention"] / (watch.calls["noisy"] + watch.calls["clean"])

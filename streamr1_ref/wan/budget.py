@@ -38,7 +38,7 @@ __all__ = ['aten', 'VIEWS', 'ATTENTION', 'RMS_NORM', 'ROLLOUT_SETTINGS', 'QUESTI
 # %% ../../nbs/wan/15c_budget.ipynb #3c31aa1e
 from .. import objective, rollout
 from ..attention import block_sizes
-from ..cache import KVCache, make_cache
+from ..cache import WindowKVCache, make_cache
 from ..flow import FlowSchedule
 from ..objective import DistillationConfig, Distiller, Models, WeightingConfig
 from ..saliency import pixel_saliency
@@ -1215,9 +1215,9 @@ def copied_inputs(cfg: WanConfig, run: DistillationConfig) -> float:
     """Bytes that a rollout keeps beside its cache if the cache hands out copies of the past: a
     reproduction.
     """
-    inner = KVCache.past
+    inner = WindowKVCache.past
     with mock.patch.object(
-        KVCache, "past", lambda cache, layer: [piece.clone() for piece in inner(cache, layer)]
+        WindowKVCache, "past", lambda cache, layer: [piece.clone() for piece in inner(cache, layer)]
     ):
         one, two = (
             measure_rollout(meta_network(cfg, layers=n, checkpointing=True), run).inputs
