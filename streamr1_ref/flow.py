@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
-from fastcore.basics import patch
 
-from .utils.checks import check_tensor
+from .utils.checks import check_choices, check_tensor
 from .utils.runtime import progress as progress_bar
 
 # %% auto #0
@@ -21,27 +21,42 @@ __all__ = ['Denoise', 'like_batch', 'mix_noise', 'flow_to_x0', 'x0_to_flow', 'sh
 
 # %% ../nbs/02_flow_matching.ipynb #79bd27c1
 def like_batch(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Reshape per-clip [B] or per-frame [B,F] values so that they broadcast over x [B,...] or [B,F,...]; else ValueError."""
+    """Return `values`, [B] or [B,F], reshaped so that they broadcast over x [B,...] or [B,F,...].
+
+    Raises ValueError for values of any other shape.
+    """
     if values.ndim not in (1, 2) or values.shape != x.shape[: values.ndim]:
         raise ValueError(
-            f"timestep or sigma: expected shape [B] or [B,F] of x {tuple(x.shape)}, got {tuple(values.shape)}"
+            f"timestep or sigma: expected shape [B] or [B,F] of x {tuple(x.shape)}, "
+            f"got {tuple(values.shape)}"
         )
     return values.reshape(*values.shape, *[1] * (x.ndim - values.ndim))
 
 # %% ../nbs/02_flow_matching.ipynb #790339cf
 def mix_noise(x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """x_sigma = (1 - sigma) x0 + sigma noise, for x0 and noise [B,...] and sigma [B] or [B,F] in [0,1]."""
+    """Return x_sigma = (1 - sigma) x0 + sigma noise, of the shape of x0.
+
+    The clip x0 and the noise have the same shape [B,...] or [B,F,...]; sigma is [B] or [B,F], in
+    [0,1].
+    """
     sigma = like_batch(sigma, x0)
     return (1 - sigma) * x0 + sigma * noise
 
 # %% ../nbs/02_flow_matching.ipynb #9d9aaaa5
 def flow_to_x0(flow: torch.Tensor, x_t: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """The clean prediction x0 = x_t - sigma flow; sigma [B] or [B,F]."""
+    """Return the clean prediction x0 = x_t - sigma flow, of the shape of x_t.
+
+    flow and the noisy x_t have the same shape [B,...] or [B,F,...]; sigma is [B] or [B,F].
+    """
     return x_t - like_batch(sigma, x_t) * flow
 
 
 def x0_to_flow(x0: torch.Tensor, x_t: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """The flow (x_t - x0) / sigma; sigma [B] or [B,F], all above 0, else ValueError."""
+    """Return the flow (x_t - x0) / sigma, of the shape of x_t.
+
+    x0 and the noisy x_t have the same shape [B,...] or [B,F,...]; sigma is [B] or [B,F]. Raises
+    ValueError unless all of sigma is above 0.
+    """
     if (sigma <= 0).any():
         raise ValueError(
             f"sigma: expected values above 0 to turn x0 into a flow, got {sigma.min():g}"
@@ -50,122 +65,144 @@ def x0_to_flow(x0: torch.Tensor, x_t: torch.Tensor, sigma: torch.Tensor) -> torc
 
 # %% ../nbs/02_flow_matching.ipynb #f82448af
 def shift_sigma(sigma: torch.Tensor, shift: float) -> torch.Tensor:
-    """k s / (1 + (k - 1) s) with k = `shift`: keeps 0 and 1, moves what lies between towards 1 (more noise) for k > 1."""
+    """Return k s / (1 + (k - 1) s) for s = `sigma` of any shape and k = `shift`, same shape.
+
+    0 and 1 stay; what lies between moves towards 1 (more noise) for k > 1 (2403.03206, eq. 23).
+    """
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 # %% ../nbs/02_flow_matching.ipynb #a01c24d7
 @dataclass(frozen=True)
 class FlowSchedule:
-    """The noise levels shared by teacher, critic and student: sigma in [0,1], timestep = sigma * num_train_timesteps."""
+    """The noise levels that teacher, critic and student share.
+
+    sigma is in [0,1], and timestep = sigma * num_train_timesteps. Raises ValueError for settings
+    that make no table.
+    """
 
     shift: float = 5.0  # k of `shift_sigma`
     num_train_timesteps: int = 1000  # entries of the table
-    lookup: str = "nearest"  # "nearest": sigma from the closest entry (published code); "exact": timestep / num_train_timesteps
+    # where sigma is read: "nearest" entry of the table (published code), or "exact" by division
+    lookup: Literal["nearest", "exact"] = "nearest"
 
     def __post_init__(self):
-        if (
-            self.shift <= 0
-            or self.num_train_timesteps < 1
-            or self.lookup not in ("nearest", "exact")
-        ):
+        check_choices(self)
+        if not self.shift > 0:
+            raise ValueError(f"shift: expected a number above 0, got {self.shift}")
+        if self.num_train_timesteps < 1:
             raise ValueError(
-                f"FlowSchedule: expected shift > 0, num_train_timesteps >= 1 and lookup 'nearest' or 'exact', got {self}"
+                f"num_train_timesteps: expected at least 1, got {self.num_train_timesteps}"
             )
 
     @cached_property
     def sigmas(self) -> torch.Tensor:
-        "Noise levels, float32 [num_train_timesteps], falling from 1; 0 is not among them."
+        """Return the noise levels, float32 [num_train_timesteps], falling from 1.
+
+        0 is not among them.
+        """
         return shift_sigma(torch.linspace(1, 0, self.num_train_timesteps + 1)[:-1], self.shift)
 
     @cached_property
     def timesteps(self) -> torch.Tensor:
-        "The same levels in the network's unit, float32 [num_train_timesteps]."
+        """Return the same levels in the network's unit, float32 [num_train_timesteps]."""
         return self.sigmas * self.num_train_timesteps
 
-# %% ../nbs/02_flow_matching.ipynb #d4b549f6
-@patch
-def sigma(self: FlowSchedule, timestep: torch.Tensor) -> torch.Tensor:
-    "The noise level of timesteps of any shape; ValueError outside [0, num_train_timesteps]."
-    if not ((timestep >= 0) & (timestep <= self.num_train_timesteps)).all():
-        raise ValueError(
-            f"timestep: expected values in [0, {self.num_train_timesteps}], got {timestep.min():g} to {timestep.max():g}"
-        )
-    if self.lookup == "exact":
-        return timestep.float() / self.num_train_timesteps
-    distance = (self.timesteps.to(timestep.device) - timestep[..., None]).abs()
-    return self.sigmas.to(timestep.device)[distance.argmin(-1)]
+    def sigma(self, timestep: torch.Tensor) -> torch.Tensor:
+        """Return the noise levels of `timestep`, any shape, in the same shape.
 
+        Raises ValueError outside [0, num_train_timesteps].
+        """
+        if not ((timestep >= 0) & (timestep <= self.num_train_timesteps)).all():
+            raise ValueError(
+                f"timestep: expected values in [0, {self.num_train_timesteps}], "
+                f"got {timestep.min():g} to {timestep.max():g}"
+            )
+        if self.lookup == "exact":
+            return timestep.float() / self.num_train_timesteps
+        distance = (self.timesteps.to(timestep.device) - timestep[..., None]).abs()
+        return self.sigmas.to(timestep.device)[distance.argmin(-1)]
 
-@patch
-def warp(self: FlowSchedule, steps: Sequence[int]) -> torch.Tensor:
-    "Timesteps of sampler steps that are given as whole numbers on the unshifted scale: [1000, 750, 500, 250] -> [1000, 937.5, 833.3, 625]."
-    table = torch.cat([self.timesteps, torch.zeros(1)])
-    index = self.num_train_timesteps - torch.as_tensor(steps)
-    if index.is_floating_point() or ((index < 0) | (index > self.num_train_timesteps)).any():
-        raise ValueError(
-            f"steps: expected whole numbers in [0, {self.num_train_timesteps}], got {list(steps)}"
-        )
-    return table[index]
+    def warp(self, steps: Sequence[int]) -> torch.Tensor:
+        """Return the timesteps [len(steps)] of sampler `steps` on the unshifted scale.
 
-# %% ../nbs/02_flow_matching.ipynb #7a87b6ac
-@patch
-def add_noise(
-    self: FlowSchedule, x0: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
-) -> torch.Tensor:
-    "x0 at the noise level of `timestep` [B] or [B,F]; x0 and noise [B,...] or [B,F,...]."
-    return mix_noise(x0, noise, self.sigma(timestep).to(x0))
+        With shift 5, [1000, 750, 500, 250] become [1000, 937.5, 833.3, 625]. Raises ValueError
+        unless they are whole numbers in [0, num_train_timesteps].
+        """
+        table = torch.cat([self.timesteps, torch.zeros(1)])
+        index = self.num_train_timesteps - torch.as_tensor(steps)
+        if index.is_floating_point() or ((index < 0) | (index > self.num_train_timesteps)).any():
+            raise ValueError(
+                f"steps: expected whole numbers in [0, {self.num_train_timesteps}], "
+                f"got {list(steps)}"
+            )
+        return table[index]
 
+    def add_noise(
+        self, x0: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
+    ) -> torch.Tensor:
+        """Return x0 at the noise level of `timestep`, [B] or [B,F], in the shape of x0.
 
-@patch
-def x0_from_flow(
-    self: FlowSchedule, flow: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor
-) -> torch.Tensor:
-    "The clean prediction a flow at `timestep` [B] or [B,F] stands for."
-    return flow_to_x0(flow, x_t, self.sigma(timestep).to(x_t))
+        The clip x0 and `noise` have the same shape [B,...] or [B,F,...].
+        """
+        return mix_noise(x0, noise, self.sigma(timestep).to(x0))
 
+    def x0_from_flow(
+        self, flow: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the clean prediction that `flow` stands for, in the same shape.
 
-@patch
-def flow_from_x0(
-    self: FlowSchedule, x0: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor
-) -> torch.Tensor:
-    "The flow a clean prediction at `timestep` [B] or [B,F] stands for."
-    return x0_to_flow(x0, x_t, self.sigma(timestep).to(x_t))
+        flow and x_t have the same shape [B,...] or [B,F,...]; `timestep` is [B] or [B,F].
+        """
+        return flow_to_x0(flow, x_t, self.sigma(timestep).to(x_t))
 
-# %% ../nbs/02_flow_matching.ipynb #7d75abd2
-@patch
-def score_timestep(
-    self: FlowSchedule, t_uniform: torch.Tensor, low: float = 20, high: float = 980
-) -> torch.Tensor:
-    "Timesteps for comparing scores, from draws in [0, num_train_timesteps): shifted, then clamped to [low, high]."
-    n = self.num_train_timesteps
-    return (shift_sigma(t_uniform.float() / n, self.shift) * n).clamp(low, high)
+    def flow_from_x0(
+        self, x0: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the flow that the clean prediction x0 stands for, in the same shape.
 
+        x0 and x_t have the same shape [B,...] or [B,F,...]; `timestep` is [B] or [B,F].
+        """
+        return x0_to_flow(x0, x_t, self.sigma(timestep).to(x_t))
 
-@patch(as_prop=True)
-def training_weights(self: FlowSchedule) -> torch.Tensor:
-    "Bell-shaped loss weights over the table, mean 1, float32 [num_train_timesteps] (Wan's training code)."
-    n = self.num_train_timesteps
-    bell = torch.exp(-2 * ((self.timesteps - n / 2) / n) ** 2)
-    bell = bell - bell.min()
-    return bell * (n / bell.sum())
+    def score_timestep(
+        self, t_uniform: torch.Tensor, low: float = 20, high: float = 980
+    ) -> torch.Tensor:
+        """Return timesteps for comparing scores, shifted and then clamped to [low, high].
+
+        `t_uniform`, any shape, are draws in [0, num_train_timesteps).
+        """
+        n = self.num_train_timesteps
+        return (shift_sigma(t_uniform.float() / n, self.shift) * n).clamp(low, high)
+
+    @property
+    def training_weights(self) -> torch.Tensor:
+        """Return the loss weights of Wan's training code, float32 [num_train_timesteps], mean 1."""
+        n = self.num_train_timesteps
+        bell = torch.exp(-2 * ((self.timesteps - n / 2) / n) ** 2)
+        bell = bell - bell.min()
+        return bell * (n / bell.sum())
+
+    def sampling_sigmas(self, num_steps: int) -> torch.Tensor:
+        """Return the noise levels [num_steps + 1] of a sampler, from 1 to 0.
+
+        They are evenly spaced before the shift. Raises ValueError for less than one step.
+        """
+        if num_steps < 1:
+            raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
+        return shift_sigma(torch.linspace(1, 0, num_steps + 1), self.shift)
 
 # %% ../nbs/02_flow_matching.ipynb #c95497bc
 def apply_guidance(cond: torch.Tensor, uncond: torch.Tensor, guidance_scale: float) -> torch.Tensor:
-    """Classifier-free guidance, uncond + guidance_scale (cond - uncond); 1 is the plain conditional prediction."""
+    """Return the guided prediction uncond + guidance_scale (cond - uncond), of the same shape.
+
+    cond and uncond, any shape but the same shape, are predictions with the prompt and with the
+    empty one; a scale of 1 is the plain conditional prediction (2207.12598).
+    """
     return uncond + guidance_scale * (cond - uncond)
 
-# %% ../nbs/02_flow_matching.ipynb #cd9771cb
-@patch
-def sampling_sigmas(self: FlowSchedule, num_steps: int) -> torch.Tensor:
-    "num_steps + 1 noise levels from 1 to 0, evenly spaced before the shift; ValueError for less than one step."
-    if num_steps < 1:
-        raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
-    return shift_sigma(torch.linspace(1, 0, num_steps + 1), self.shift)
-
 # %% ../nbs/02_flow_matching.ipynb #a5d025b4
-Denoise = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
-]  # (x_t, timestep [B], prompt_embeds) -> flow
+# (x_t [B,F,C,H,W], timestep [B], prompt_embeds) -> flow [B,F,C,H,W]
+Denoise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @torch.no_grad()
@@ -180,28 +217,29 @@ def euler_sample(
     progress: bool = False,
     on_step: Callable[[int, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
-    """Carry noise [B,F,C,H,W] to latents in `num_steps` Euler steps; `null_embeds` (the empty prompt) is needed unless guidance_scale is 1.
+    """Return latents [B,F,C,H,W] made of `noise` [B,F,C,H,W] in `num_steps` Euler steps.
 
-    `on_step(i, x)` is called with the state before step i, and with (num_steps, result) at the end.
+    `denoise` is called with the levels of `schedule` and with prompt_embeds [B,L,text_dim], and for
+    a `guidance_scale` other than 1 with null_embeds [B,L,text_dim], the empty prompt's, too.
+    `on_step(i, x)` is called with the state before step i, and with (num_steps, result) at the end;
+    `progress` shows a bar. Raises ValueError if a scale asks for null_embeds that are missing.
     """
     check_tensor("noise", noise, "B F C H W")
     if guidance_scale != 1 and null_embeds is None:
         raise ValueError(
-            f"null_embeds: expected the embedded empty prompt for guidance_scale={guidance_scale:g}, got None"
+            f"null_embeds: expected the embedded empty prompt for guidance_scale="
+            f"{guidance_scale:g}, got None"
         )
-    x, sigmas, watch = (
-        noise,
-        schedule.sampling_sigmas(num_steps).tolist(),
-        on_step or (lambda i, x: None),
-    )
-    for i, (now, after) in enumerate(
-        progress_bar(list(zip(sigmas, sigmas[1:])), "sampling", progress)
-    ):
-        watch(i, x)
+    x, sigmas = noise, schedule.sampling_sigmas(num_steps).tolist()
+    steps = list(zip(sigmas, sigmas[1:]))
+    for i, (now, after) in enumerate(progress_bar(steps, "sampling", progress)):
+        if on_step:
+            on_step(i, x)
         timestep = torch.full((len(x),), now * schedule.num_train_timesteps, device=x.device)
         flow = denoise(x, timestep, prompt_embeds)
         if guidance_scale != 1:
             flow = apply_guidance(flow, denoise(x, timestep, null_embeds), guidance_scale)
         x = x + (after - now) * flow
-    watch(num_steps, x)
+    if on_step:
+        on_step(num_steps, x)
     return x

@@ -1,4 +1,4 @@
-"""The codecs: properties for any split into blocks, the shipped codec, the Wan VAE adapter, damaged files."""
+"""The codecs: any split into blocks, the shipped codec, the Wan VAE adapter, damaged files."""
 
 import pytest
 import torch
@@ -23,31 +23,25 @@ def codec():
 def vae():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return (
-            AutoencoderKLWan(
-                base_dim=8,
-                z_dim=4,
-                dim_mult=[1, 1, 1, 1],
-                num_res_blocks=1,
-                latents_mean=[0.5, -0.5, 0.0, 0.1],
-                latents_std=[1.0, 2.0, 3.0, 0.5],
-            )
-            .eval()
-            .requires_grad_(False)
+        small = AutoencoderKLWan(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            latents_mean=[0.5, -0.5, 0.0, 0.1],
+            latents_std=[1.0, 2.0, 3.0, 0.5],
         )
+        return small.eval().requires_grad_(False)
 
 
 def blocks_of(total):
     """Ways to write `total` as a sum of positive block lengths."""
-    return st.lists(st.booleans(), min_size=total - 1, max_size=total - 1).map(
-        lambda cuts: [
-            b - a
-            for a, b in zip(
-                [0, *[i + 1 for i, c in enumerate(cuts) if c]],
-                [*[i + 1 for i, c in enumerate(cuts) if c], total],
-            )
-        ]
-    )
+
+    def lengths(cuts):
+        ends = [i + 1 for i, cut in enumerate(cuts) if cut]
+        return [b - a for a, b in zip([0, *ends], [*ends, total])]
+
+    return st.lists(st.booleans(), min_size=total - 1, max_size=total - 1).map(lengths)
 
 
 def test_shipped_codec_is_what_the_command_makes(codec):
@@ -61,9 +55,8 @@ def test_shipped_codec_is_what_the_command_makes(codec):
 def test_pca_stream_is_bit_exact_for_any_split(codec, sizes, batch):
     latents = torch.randn(batch, 6, 16, 4, 6, generator=torch.Generator().manual_seed(sum(sizes)))
     decode = codec.stream_decoder()
-    assert torch.equal(
-        torch.cat([decode(b) for b in latents.split(sizes, 1)], 1), codec.decode(latents)
-    )
+    streamed = torch.cat([decode(b) for b in latents.split(sizes, 1)], 1)
+    assert torch.equal(streamed, codec.decode(latents))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -74,9 +67,8 @@ def test_exact_on_the_subspace(channels, patch, stride, dtype, generator):
     codec.tensors = {k: v.to(dtype) for k, v in codec.tensors.items()}
     latents = torch.randn(2, 3, channels, 5, 4, generator=generator, dtype=dtype)
     error = (codec.encode(codec.decode(latents)) - latents).abs().max()
-    assert error < (
-        2e-4 if dtype == torch.float32 else 5e-6
-    )  # float64 latents, but a basis that was rounded to float32
+    # even with float64 latents the basis was rounded to float32
+    assert error < (2e-4 if dtype == torch.float32 else 5e-6)
     assert isinstance(codec, LatentCodec)
 
 
@@ -84,9 +76,8 @@ def test_projection_never_gains_energy(codec, generator):
     pixels, _ = mixed_clips(all_captions()[:16], generator)
     through = codec.decode(codec.encode(pixels))
     noisy = pixels + 0.1 * torch.randn(pixels.shape, generator=generator)
-    assert (codec.decode(codec.encode(noisy)) - through).square().sum() < (
-        noisy - pixels
-    ).square().sum()
+    change = codec.decode(codec.encode(noisy)) - through
+    assert change.square().sum() < (noisy - pixels).square().sum()
 
 
 @settings(max_examples=8, deadline=None)
@@ -94,14 +85,12 @@ def test_projection_never_gains_energy(codec, generator):
 def test_wan_stream_equals_the_librarys_decode(vae, sizes):
     codec = WanVAECodec(vae)
     latents = torch.randn(1, 4, 4, 2, 3, generator=torch.Generator().manual_seed(1))
-    z = latents.transpose(1, 2) * torch.tensor(vae.config.latents_std).view(
-        4, 1, 1, 1
-    ) + torch.tensor(vae.config.latents_mean).view(4, 1, 1, 1)
-    whole = (vae.decode(z).sample.transpose(1, 2) + 1) / 2
+    mean, std = vae.config.latents_mean, vae.config.latents_std
+    mean, std = (torch.tensor(values).view(4, 1, 1, 1) for values in (mean, std))
+    whole = (vae.decode(latents.transpose(1, 2) * std + mean).sample.transpose(1, 2) + 1) / 2
     decode = codec.stream_decoder()
-    assert torch.allclose(
-        torch.cat([decode(b) for b in latents.split(sizes, 1)], 1), whole, atol=1e-5
-    )
+    streamed = torch.cat([decode(b) for b in latents.split(sizes, 1)], 1)
+    assert torch.allclose(streamed, whole, atol=1e-5)
 
 
 def test_wan_gradients_reach_pixels_and_latents(vae, generator):

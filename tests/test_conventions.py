@@ -1,15 +1,28 @@
-"""What a reader of the conventions notebook need not see."""
+"""What a reader of the reference pages need not see: settings, ports, files, widgets."""
 
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass, field
+from typing import Literal, Optional
 
 import pytest
 import torch
 
+from streamr1_ref.ports import Denoiser, LatentCodec, RewardModel
+from streamr1_ref.tiny.codec import PCACodec, load_codec
+from streamr1_ref.tiny.reward import load_reward
+from streamr1_ref.transformer import WanConfig, WanTransformer
 from streamr1_ref.utils import widgets
-from streamr1_ref.utils.files import load_tensors, save_tensors
+from streamr1_ref.utils.checks import check_choices
+from streamr1_ref.utils.files import (
+    data_path,
+    load_tensors,
+    read_config,
+    save_tensors,
+    write_config,
+)
 from streamr1_ref.utils.runtime import progress
 from streamr1_ref.utils.widgets import explore
 
@@ -64,3 +77,75 @@ def test_unwritable_folder(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(OSError):
         save_tensors(tmp_path / "w.safetensors", {"w": torch.zeros(1)})
+
+
+Fruit = Literal["apple", "pear"]
+
+
+@dataclass(frozen=True)
+class BowlConfig:
+    fruit: Fruit = "apple"
+    extra: Optional[Fruit] = None
+    either: Literal["a"] | Literal["b"] | None = "b"
+    many: tuple[Fruit, ...] = ()
+    maybe: tuple[Fruit, ...] | None = None
+    count: Literal[1, 2] = 1
+    free: tuple[int, str] = (1, "x")
+    notes: dict[str, Literal["kept", "out"]] = field(default_factory=dict)  # not looked into
+
+    def __post_init__(self):
+        check_choices(self)
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        {},
+        {"fruit": "pear", "extra": "pear", "either": None, "count": 2},
+        {"many": ("pear", "apple", "pear"), "maybe": ()},
+        {"free": (7, "anything")},
+    ],
+)
+def test_choices_that_fit_pass(good):
+    assert all(getattr(BowlConfig(**good), name) == value for name, value in good.items())
+
+
+@pytest.mark.parametrize(
+    "name,value,known",
+    [
+        ("fruit", "Apple", "one of 'apple', 'pear'"),
+        ("fruit", None, "one of 'apple', 'pear'"),
+        ("fruit", ["apple"], "one of 'apple', 'pear'"),
+        ("extra", "plum", "one of 'apple', 'pear', None"),
+        ("either", "c", "one of 'a', 'b', None"),
+        ("many", ("apple", "plum"), "some of 'apple', 'pear'"),
+        ("many", "apple", "some of 'apple', 'pear'"),
+        ("maybe", ("plum",), "of 'apple', 'pear', None"),
+        ("count", True, "one of 1, 2"),
+        ("count", 1.0, "one of 1, 2"),
+    ],
+)
+def test_other_choices_are_refused_by_name(name, value, known):
+    with pytest.raises(ValueError) as error:
+        BowlConfig(**{name: value})
+    message = str(error.value)
+    assert message.startswith(f"{name}: expected ") and message.endswith(f", got {value!r}")
+    assert known in message
+
+
+def test_the_shipped_networks_fit_their_ports():
+    codec = load_codec(data_path("tiny_codec.safetensors"))
+    net = WanTransformer(WanConfig())
+    ports = {LatentCodec: codec, Denoiser: net, RewardModel: load_reward()}
+    for port in ports:
+        assert [type(x) for x in ports.values() if isinstance(x, port)] == [type(ports[port])]
+    assert isinstance(codec, PCACodec)
+
+
+def test_settings_files_are_whole_and_keep_tuples(tmp_path):
+    path = write_config(tmp_path / "a" / "config.json", {"steps": (4, 2), "name": None})
+    assert read_config(path) == {"steps": (4, 2), "name": None}
+    with pytest.raises(TypeError):
+        write_config(path, {"net": object()})
+    assert read_config(path)["steps"] == (4, 2)
+    assert [p.name for p in path.parent.iterdir()] == ["config.json"]

@@ -37,7 +37,7 @@ def test_golden_schedule(golden):
 
 
 def test_golden_lookup_differs_from_exact_division_off_the_table(golden):
-    """The published look-up is what the golden numbers contain: dividing instead must be seen, or the test above shows nothing."""
+    """Else the test above would not show that the look-up is the published one."""
     g, _ = golden("schedule")
     exact = FlowSchedule(lookup="exact").add_noise(g["clean"], g["noise"], g["t"])
     assert relative_error(exact, g["noisy"]) > 1e-6
@@ -50,17 +50,17 @@ def test_one_sampler_is_diffusers_sampler(shift, steps, generator):
     library.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
     schedule = FlowSchedule(shift)
     assert torch.allclose(schedule.sampling_sigmas(steps), library.sigmas, atol=1e-6)
-    noise, weight = (
-        torch.randn(1, 2, 3, 4, 4, generator=generator),
-        torch.randn(4, 4, generator=generator) / 4,
-    )
-    net = lambda x, t, p: torch.tanh(x @ weight) + t.view(-1, 1, 1, 1, 1) / 1000
+    noise = torch.randn(1, 2, 3, 4, 4, generator=generator)
+    weight = torch.randn(4, 4, generator=generator) / 4
+
+    def net(x, t, prompt_embeds):
+        return torch.tanh(x @ weight) + t.view(-1, 1, 1, 1, 1) / 1000
+
     x = noise
     for t in library.timesteps:
         x = library.step(net(x, t[None], None), t, x).prev_sample
-    assert (
-        relative_error(euler_sample(net, noise, None, schedule=schedule, num_steps=steps), x) < 1e-5
-    )
+    ours = euler_sample(net, noise, None, schedule=schedule, num_steps=steps)
+    assert relative_error(ours, x) < 1e-5
 
 
 levels = st.floats(0.015625, 1, width=32)

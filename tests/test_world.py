@@ -68,9 +68,11 @@ def test_placement_keeps_ink_and_lives_on_a_circle(position, canvas):
 @given(st.integers(0, 1437), positions, positions, st.integers(-40, 40), st.integers(-40, 40))
 def test_centre_follows_any_shift(index, y, x, dy, dx):
     image = digit_images()[0][index : index + 1].double()
-    at = lambda y, x: render(
-        image, torch.tensor([[[y, x]]], dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64)
-    )
+    white = torch.ones(1, 3, dtype=torch.float64)
+
+    def at(y, x):
+        return render(image, torch.tensor([[[y, x]]], dtype=torch.float64), white)
+
     step = circular_centre(at(y + dy, x + dx)) - circular_centre(at(y, x))
     error = (step[0, 0] - torch.tensor([dy, dx]) + 16) % 32 - 16
     assert error.abs().max() < 1e-6
@@ -101,24 +103,20 @@ def test_other_world_sizes(size, generator):
 
 
 @pytest.mark.parametrize("kind", CORRUPTIONS)
-def test_degradations_keep_shape_range_and_input(kind, generator):
+def test_corruptions_keep_shape_range_and_input(kind, generator):
     pixels = sample_clips(all_captions()[:4], generator)
     before = pixels.clone()
-    spoiled = corrupt(pixels, kind, generator)
+    made = corrupt(pixels, kind, generator)
     assert torch.equal(pixels, before), "the input must not change"
-    assert ((spoiled - pixels).abs().amax((1, 2, 3, 4)) > 0.05).all(), "every clip must change"
-    assert (
-        spoiled.shape == pixels.shape
-        and spoiled.min() >= 0
-        and spoiled.max() <= pixels.max() + 1e-5
-    )
+    assert ((made - pixels).abs().amax((1, 2, 3, 4)) > 0.05).all(), "every clip must change"
+    assert made.shape == pixels.shape
+    assert made.min() >= 0 and made.max() <= pixels.max() + 1e-5
 
 
 def test_blur_works_on_clips_that_are_not_square(generator):
     x = torch.rand(1, 3, 3, 10, 14, generator=generator)
-    assert blur(x).shape == x.shape and torch.allclose(
-        blur(torch.ones_like(x)), torch.ones_like(x), atol=1e-5
-    )
+    ones = torch.ones_like(x)
+    assert blur(x).shape == x.shape and torch.allclose(blur(ones), ones, atol=1e-5)
 
 
 def test_split_is_stable_and_disjoint():
@@ -129,9 +127,8 @@ def test_split_is_stable_and_disjoint():
     assert [str(c) for c in heldout[:3]] == recorded
     assert caption_split(seed=1)[1] != heldout
     ink, held = digit_images("train")[0], digit_images("heldout")[0]
-    assert not {tuple(x.flatten().tolist()) for x in ink[:400]} & {
-        tuple(x.flatten().tolist()) for x in held
-    }
+    seen, kept = ({tuple(x.flatten().tolist()) for x in images} for images in (ink[:400], held))
+    assert not seen & kept
 
 
 def test_metrics_of_noise_are_bad_and_finite(generator):

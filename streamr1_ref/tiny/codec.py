@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
@@ -14,34 +13,37 @@ from einops import rearrange
 from ..utils.checks import check_pixels, check_tensor
 from ..utils.files import load_tensors, save_tensors
 
-if TYPE_CHECKING:
-    pass
-
 # %% auto #0
 __all__ = ['to_patches', 'from_patches', 'fit_pca', 'project', 'rebuild', 'PCACodec', 'PCAStreamDecoder', 'fit_codec',
            'save_codec', 'load_codec']
 
 # %% ../../nbs/tiny/01_latents.ipynb #8bbd3303
 def to_patches(frames: torch.Tensor, patch: int) -> torch.Tensor:
-    """Cut n frames [B,n,3,H,W] into squares of `patch` pixels, all n frames of a square in one vector -> [B,h,w,n*3*patch*patch]."""
+    """Return squares of frames [B,n,3,H,W] as vectors [B,h,w,n*3*patch*patch].
+
+    A square is `patch` pixels wide; all n frames of it are in one vector.
+    """
     return rearrange(frames, "b n c (h p) (w q) -> b h w (n c p q)", p=patch, q=patch)
 
 
 def from_patches(vectors: torch.Tensor, patch: int) -> torch.Tensor:
-    """The way back: [B,h,w,n*3*patch*patch] -> [B,n,3,H,W]."""
+    """Return the frames [B,n,3,H,W] of vectors [B,h,w,n*3*patch*patch], the way back.
+
+    A square is `patch` pixels wide.
+    """
     return rearrange(vectors, "b h w (n c p q) -> b n c (h p) (w q)", c=3, p=patch, q=patch)
 
 # %% ../../nbs/tiny/01_latents.ipynb #ac391c54
 def fit_pca(
     vectors: torch.Tensor, channels: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean [D], leading principal directions as columns [D,channels] and the std along each [channels] of vectors [N,D].
+    """Return mean [D], leading principal directions [D,channels] and std [channels] along each.
 
-    Raises ValueError if `channels` is not in 1..D.
+    They are those of vectors [N,D]; directions are columns. Raises ValueError if `channels` is not
+    in 1 to D.
     """
-    x = check_tensor(
-        "vectors", vectors, "N D"
-    ).double()  # covariances of nearly flat patches need the digits
+    x = check_tensor("vectors", vectors, "N D")
+    x = x.double()  # covariances of nearly flat patches need the digits
     if not 1 <= channels <= x.shape[1]:
         raise ValueError(
             f"channels: expected 1 to {x.shape[1]}, the length of a vector, got {channels}"
@@ -51,81 +53,95 @@ def fit_pca(
     variance, directions = torch.linalg.eigh(x.T @ x / len(x))  # ascending
     basis = directions.flip(1)[:, :channels]
     basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
-    return mean.float(), basis.float(), variance.flip(0)[:channels].clamp(min=0).sqrt().float()
+    std = variance.flip(0)[:channels].clamp(min=0).sqrt()
+    return mean.float(), basis.float(), std.float()
 
 # %% ../../nbs/tiny/01_latents.ipynb #069fb902
 def project(
     frames: torch.Tensor, tensors: dict[str, torch.Tensor], part: str, patch: int
 ) -> torch.Tensor:
-    """One frame (part "first") or one group ("group") [B,n,3,H,W] -> one latent frame [B,C,h,w]: basis^T (x - mean) / scale."""
-    mean, basis, scale = (
-        tensors[f"{part}.{name}"].to(frames) for name in ("mean", "basis", "scale")
-    )
+    """Return one latent frame [B,C,h,w] of frames [B,n,3,H,W]: basis^T (x - mean) / scale.
+
+    `part` is "first" for one frame and "group" for a group; `tensors` has mean [D], basis [D,C] and
+    scale [C] of both by the names first.mean, ...; a square is `patch` pixels wide.
+    """
+    names = ("mean", "basis", "scale")
+    mean, basis, scale = (tensors[f"{part}.{name}"].to(frames) for name in names)
     return rearrange(((to_patches(frames, patch) - mean) @ basis) / scale, "b h w c -> b c h w")
 
 
 def rebuild(
     latents: torch.Tensor, tensors: dict[str, torch.Tensor], part: str, patch: int
 ) -> torch.Tensor:
-    """One latent frame [B,C,h,w] -> its video frames [B,n,3,H,W]: basis (scale z) + mean."""
-    mean, basis, scale = (
-        tensors[f"{part}.{name}"].to(latents) for name in ("mean", "basis", "scale")
-    )
+    """Return the video frames [B,n,3,H,W] of one latent frame: basis (scale z) + mean.
+
+    z are latents [B,C,h,w]; `part`, `tensors` (mean [D], basis [D,C], scale [C] of both parts) and
+    `patch` are those of `project`.
+    """
+    names = ("mean", "basis", "scale")
+    mean, basis, scale = (tensors[f"{part}.{name}"].to(latents) for name in names)
     return from_patches((rearrange(latents, "b c h w -> b h w c") * scale) @ basis.T + mean, patch)
 
 # %% ../../nbs/tiny/01_latents.ipynb #b4f91858
 class PCACodec:
-    """Causal PCA codec, a `LatentCodec`. `tensors` holds mean, basis and scale of "first" and "group"; made by `fit_codec`."""
+    """A causal `LatentCodec` made of principal components; `fit_codec` makes it.
+
+    `tensors` holds mean [D], basis [D,C] and scale [C] of "first" and "group" by the names
+    first.mean, ...; patches are squares of `patch` pixels, and a group has `time_stride` frames.
+    """
 
     def __init__(self, tensors: dict[str, torch.Tensor], patch: int = 4, time_stride: int = 4):
         self.tensors, self.space_stride, self.time_stride = tensors, patch, time_stride
         self.channels = tensors["first.basis"].shape[1]
         for part, n in (("first", 1), ("group", time_stride)):
-            check_tensor(
-                f"{part}.basis",
-                tensors[f"{part}.basis"],
-                "D C",
-                D=n * 3 * patch**2,
-                C=self.channels,
-            )
+            basis, length = tensors[f"{part}.basis"], n * 3 * patch**2
+            check_tensor(f"{part}.basis", basis, "D C", D=length, C=self.channels)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        "Pixels [B,T,3,H,W] in [0,1] -> latents [B,F,C,h,w]."
+        """Return the latents [B,F,C,h,w] of `pixels` [B,T,3,H,W] in [0,1]."""
         check_pixels(pixels, self.time_stride, self.space_stride)
         groups = rearrange(pixels[:, 1:], "b (f n) c h w -> f b n c h w", n=self.time_stride)
         latents = [project(pixels[:, :1], self.tensors, "first", self.space_stride)]
-        return torch.stack(
-            latents + [project(g, self.tensors, "group", self.space_stride) for g in groups], 1
-        )
+        latents += [project(group, self.tensors, "group", self.space_stride) for group in groups]
+        return torch.stack(latents, 1)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        "Latents [B,F,C,h,w] of a whole clip -> pixels [B,T,3,H,W]; linear, so not clamped to [0,1]."
+        """Return the pixels [B,T,3,H,W] of whole clips of `latents` [B,F,C,h,w].
+
+        Decoding is linear, so they are not clamped to [0,1].
+        """
         return self.stream_decoder()(latents)
 
     def stream_decoder(self) -> PCAStreamDecoder:
-        "A decoder for one clip that arrives block by block."
+        """Return a decoder for clips that arrive block by block."""
         return PCAStreamDecoder(self)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the codec to `folder`, as chapter 14's pipelines do with their parts."""
+        save_codec(Path(folder) / "model.safetensors", self)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> PCACodec:
+        """Return the codec that `save` wrote to `folder`."""
+        return load_codec(Path(folder) / "model.safetensors")
 
 # %% ../../nbs/tiny/01_latents.ipynb #18f492e6
 class PCAStreamDecoder:
-    """Decodes consecutive blocks of one clip."""
+    """Decodes consecutive blocks of a batch of clips with `codec`."""
 
     def __init__(self, codec: PCACodec):
         self.codec, self.started = codec, False
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
-        "Block [B,f,C,h,w] -> its video frames; the first call yields 1 + time_stride * (f - 1), later ones time_stride * f."
+        """Return the video frames [B,t,3,H,W] of the next block of latents [B,f,C,h,w].
+
+        The first call yields t = 1 + time_stride * (f - 1) frames, later ones time_stride * f.
+        """
         check_tensor("latents", latents, "B F C H W", C=self.codec.channels)
-        frames = []
+        frames, patch = [], self.codec.space_stride
         for latent in latents.unbind(1):
-            frames.append(
-                rebuild(
-                    latent,
-                    self.codec.tensors,
-                    "group" if self.started else "first",
-                    self.codec.space_stride,
-                )
-            )
+            part = "group" if self.started else "first"
+            frames.append(rebuild(latent, self.codec.tensors, part, patch))
             self.started = True
         return torch.cat(frames, 1)
 
@@ -137,12 +153,17 @@ def fit_codec(
     time_stride: int = 4,
     whiten: float = 0.0,
 ) -> PCACodec:
-    """Fit a `PCACodec` to clips [B,T,3,H,W] with T > 1. Channels are divided by std^whiten * rms^(1-whiten), whiten in [0,1]."""
+    """Return a `PCACodec` with `channels` channels, fitted to clips of pixels [B,T,3,H,W], T > 1.
+
+    Squares are `patch` pixels wide, and a group has `time_stride` frames. Channels are divided by
+    std^whiten * rms^(1-whiten). Raises ValueError for clips of one frame and for `whiten` outside
+    [0,1].
+    """
     check_pixels(pixels, time_stride, patch)
-    if pixels.shape[1] == 1 or not 0 <= whiten <= 1:
-        raise ValueError(
-            f"fit_codec: expected clips of more than one frame and whiten in [0, 1], got T={pixels.shape[1]}, whiten={whiten}"
-        )
+    if pixels.shape[1] == 1:
+        raise ValueError("pixels: expected clips of more than one frame, got T=1")
+    if not 0 <= whiten <= 1:
+        raise ValueError(f"whiten: expected a number in [0, 1], got {whiten}")
     groups = rearrange(pixels[:, 1:], "b (f n) c h w -> (b f) n c h w", n=time_stride)
     tensors = {}
     for part, frames in (("first", pixels[:, :1]), ("group", groups)):
@@ -153,20 +174,19 @@ def fit_codec(
 
 # %% ../../nbs/tiny/01_latents.ipynb #aa4a7231
 def save_codec(path: str | Path, codec: PCACodec) -> Path:
-    """Write a codec to a safetensors file, whole or not at all."""
-    return save_tensors(
-        path,
-        codec.tensors,
-        {"patch": str(codec.space_stride), "time_stride": str(codec.time_stride)},
-    )
+    """Write `codec` to the safetensors file `path`, whole or not at all, and return the path."""
+    sizes = {"patch": str(codec.space_stride), "time_stride": str(codec.time_stride)}
+    return save_tensors(path, codec.tensors, sizes)
 
 
 def load_codec(path: str | Path) -> PCACodec:
-    """Read what `save_codec` wrote. Raises FileNotFoundError, or ValueError if the file is truncated or holds something else."""
+    """Return the codec in the file `path` of `save_codec`.
+
+    Raises FileNotFoundError, or ValueError if the file is truncated or holds something else.
+    """
     tensors, metadata = load_tensors(path)
-    wanted = {
-        f"{part}.{name}" for part in ("first", "group") for name in ("mean", "basis", "scale")
-    }
+    names = ("mean", "basis", "scale")
+    wanted = {f"{part}.{name}" for part in ("first", "group") for name in names}
     if set(tensors) != wanted or not {"patch", "time_stride"} <= metadata.keys():
         raise ValueError(
             f"path: expected a codec with tensors {sorted(wanted)} in {path}, got {sorted(tensors)}"
