@@ -10,7 +10,15 @@ from typing import Literal
 
 import torch
 
-from .transformer import Kernel, KVCache, WanConfig, attend, rotary_table, rotate
+from streamr1_ref.transformer import (
+    Kernel,
+    KVCache,
+    LayerCache,
+    WanConfig,
+    attend,
+    rotary_table,
+    rotate,
+)
 from .utils.checks import check_choices
 
 # %% auto #0
@@ -65,7 +73,7 @@ class CacheConfig:
         """Name of the rule in EVICTIONS that makes room for new frames."""
         if self.window_frames is None:
             return "keep"
-        return "ema" if self.sink == "ema" and self.num_sink else "slide"
+        return self.sink if self.num_sink else "none"
 
     def check_block(self, frames: int) -> None:
         """Raise ValueError unless a block of so many `frames` fits the window beside the sink."""
@@ -214,7 +222,8 @@ class EMASink(SlideWindow):
         super().evict(stored, excess, evicted)
 
 
-EVICTIONS = {"keep": KeepAll, "slide": SlideWindow, "ema": EMASink}
+# by CacheConfig.sink; "keep" is for caches that hold everything
+EVICTIONS = {"keep": KeepAll, "none": SlideWindow, "static": SlideWindow, "ema": EMASink}
 
 # %% ../nbs/05_sink_cache.ipynb #b5e10008
 @dataclass
@@ -412,7 +421,7 @@ class WindowKVCache:
                 hint = "; call cache.begin_block(frames) first" if made_for == 0 else ""
                 raise ValueError(f"cache: {name} is {made_for}, got a call with {got}{hint}")
 
-    def layers(self) -> list[WindowLayer]:
+    def layers(self) -> list[LayerCache]:
         """Return one cache a layer for one call on the open block. ValueError if none is open."""
         return [WindowLayer(self, layer) for layer in range(self.net.num_layers)]
 
