@@ -18,7 +18,7 @@ import torch
 import tyro
 from PIL import Image, ImageChops
 
-from streamr1_ref.cli import main as cli
+from streamr1_ref.cli.main import main as cli
 from streamr1_ref.objective import DistillationConfig, DistillationMethod
 from streamr1_ref.tiny.models import tiny_models
 from streamr1_ref.tiny.world import caption_split
@@ -163,7 +163,7 @@ sys.exit(cli.main(["train", "tiny", *args]))
 
 
 def test_trouble_in_one_rank_is_everyones(tmp_path):
-    """Rank 1's reward model breaks at its second step: all skip that step, nobody waits for ever."""
+    """Rank 1's reward model breaks at its second step: all skip that step, nobody waits."""
     script = tmp_path / "trouble.py"
     script.write_text(f"""
 import sys
@@ -346,7 +346,7 @@ def test_sigterm_saves_as_ctrl_c_does(tmp_path, number, code):
 
 
 def test_fused_adam_resumes_where_it_was(tmp_path):
-    """Its counters live on the parameters' device; the same steps as the plain one up to rounding."""
+    """Its counters live on the parameters' device; its steps are the plain one's up to rounding."""
     runs = {
         fused: trainer_in(tmp_path / str(fused), max_steps=2, save_every=1, fused=fused)
         for fused in (False, True)
@@ -363,7 +363,7 @@ def test_fused_adam_resumes_where_it_was(tmp_path):
 
 
 def test_compiled_layers_train_the_same_weights(tmp_path):
-    """torch.compile inside activation checkpointing, for student, critic and teacher; traced, not translated."""
+    """torch.compile inside activation checkpointing, of all three networks; traced only."""
     losses = []
     for compiled in (False, True):
         trainer = trainer_in(tmp_path / str(compiled), max_steps=2, checkpointing=True)
@@ -448,7 +448,7 @@ def test_broken_student_stops_with_step_and_checkpoint(whole, tmp_path):
     next(broken.method.models.student.parameters()).data.fill_(float("nan"))
     with pytest.raises(
         FloatingPointError,
-        match=r"student: its weights are not finite, at step 5; last good checkpoint: .*step-000004",
+        match="student: its weights are not finite, at step 5; last good checkpoint: .*step-000004",
     ):
         broken.train(progress=False)
 
@@ -462,7 +462,7 @@ def test_gives_up_after_skips_in_a_row(tmp_path):
     trainer.method.models.reward.axes = axes
     with pytest.raises(
         FloatingPointError,
-        match="3 steps in a row, the last because of step 3: .*not finite.*last good checkpoint: none",
+        match="3 steps in a row, the last because of step 3: .*not finite.*checkpoint: none",
     ):
         trainer.train(progress=False)
     assert trainer.skipped == 3
@@ -508,7 +508,7 @@ def test_tensorboard_gets_every_step_once(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_found_before_training(tmp_path, monkeypatch):
-    from streamr1_ref.cli import main as cli
+    from streamr1_ref.cli.main import main as cli
     from streamr1_ref.utils import files
 
     usage = type("Usage", (), {"free": 1_000_000})
@@ -616,3 +616,17 @@ dist.destroy_process_group()
         map(float, (tmp_path / f"turn-{rank}").read_text().split()) for rank in range(2)
     )
     assert first <= second
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"ema_roles": ("pupil",)}, "keeps an EMA of pupil, .* a network: student, critic"),
+        ({"updates": lambda self, step: ("judge",)}, "step 0 of Wrong updates judge, expected"),
+        ({"roles": property(lambda self: {}, lambda self, value: None)}, "no network to train"),
+    ],
+)
+def test_a_method_whose_names_do_not_match_is_refused(wrong, message):
+    method = type("Wrong", (DistillationMethod,), wrong)(tiny_models(), PROMPTS)
+    with pytest.raises(ValueError, match=message):
+        Trainer(method)
