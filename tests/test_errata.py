@@ -430,7 +430,6 @@ def test_the_balance_window_gets_one_row_a_step():
 
 def test_seed_0_is_a_seed():
     """Erratum 33: two runs with seed 0 draw the same sentences and the same noise."""
-    models = tiny_models()
     draw = lambda seed: draw_micro_batch(DistillationConfig(seed=seed), PROMPTS * 8, 3)
     noise = lambda drawn: torch.randn(9, generator=drawn[0])
     first, second, other = draw(0), draw(0), draw(1)
