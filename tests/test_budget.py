@@ -9,7 +9,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from streamr1_ref.objective import METHODS
-from streamr1_ref.training.trainer import PRESETS, TrainConfig, Trainer, shard
+from streamr1_ref.rollout import SamplerConfig
+from streamr1_ref.training.distributed import shard
+from streamr1_ref.training.presets import PRESETS, RunConfig, distillation_trainer
 from streamr1_ref.transformer import WanConfig
 from streamr1_ref.wan.budget import (
     FIRST_EDITION,
@@ -95,7 +97,13 @@ def test_reward_model_at_true_size():
 
 def test_a_whole_step_at_true_size():
     """Chapter 12's step: 1.3 B student and critic, 14 B teacher, VAE, VideoReward, 21 frames."""
-    run = replace(PUBLISHED, micro_batches=1, exit_group=1, critic_steps=1, steps=(1000,))
+    run = replace(
+        PUBLISHED,
+        micro_batches=1,
+        exit_group=1,
+        critic_steps=1,
+        sampler=SamplerConfig(denoising_steps=(1000,), context_lookup="nearest"),
+    )
     s = PlanConfig(teacher="14B", critic="1.3B", distillation=run, gpus=1, sharded=False)
     measured = metered_step(models_on_meta(s), run)
     measured["critic: update"] = measured["critic: backward"]
@@ -113,9 +121,8 @@ def test_resident_parts_are_those_of_a_trainer(tmp_path):
     """Weights, gradients, moments and EMA of the real trainer, at the true sizes."""
     s = replace(preset_settings("stream-r1"), gpus=1)
     models = models_on_meta(replace(s, dtype="float32"))
-    trainer = Trainer(
-        models, ["a"], TrainConfig(distillation=replace(s.distillation, guidance=0.0)), tmp_path
-    )
+    unguided = replace(s.distillation, guidance_scale=1.0)
+    trainer = distillation_trainer(models, ["a"], RunConfig(distillation=unguided), tmp_path)
     planned = resident_bytes(s, plan(s).parameters)
     for role, net in (("student", models.student), ("critic", models.critic)):
         state = {
@@ -128,7 +135,7 @@ def test_resident_parts_are_those_of_a_trainer(tmp_path):
             planned[f"{role}: weights"] + planned[f"{role}: gradients, moments"],
             sum(state.values()) + gradients,
         )
-    average = sum(t.numel() * t.element_size() for t in trainer.average.values())
+    average = sum(t.numel() * t.element_size() for t in trainer.ema["student"].values())
     close(planned["student: EMA"], average)
     for part, module in (
         ("teacher", models.teacher),
