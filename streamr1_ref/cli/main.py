@@ -1134,7 +1134,7 @@ def evaluate_teacher_command(
     }
     rows["real, mixed, through codec"] = codec_floor(model.codec, captions, seed)
     rows["real, clean, through codec"] = codec_floor(
-        model.codec, captions, seed, degraded=0.0, draws=1
+        model.codec, captions, seed, corrupted=0.0, draws=1
     )
     rounded = {name: {k: round(v, 4) for k, v in row.items()} for name, row in rows.items()}
     report = {
