@@ -165,7 +165,7 @@ class InkGrid:
         return self.paths[step, frames]
 
     def correlate(self, frames: torch.Tensor, motion: Motion) -> torch.Tensor:
-        """Return the products of `frames` [T,H,W] with each ink cell at a place, [64,places*places].
+        """Return products [64,places*places] of `frames` [T,H,W] with each ink cell at a place.
 
         `motion` is undone first.
         """
@@ -188,7 +188,7 @@ class InkGrid:
 
 # %% ../../nbs/tiny/03c_exact_teacher.ipynb #69b77aa6
 class InkCodec:
-    """The linear part of `codec` for clips of one colour: ink to latents, and back, in `dtype`."""
+    """The linear part of `codec` for clips of one colour, in `dtype`: ink to latents and back."""
 
     def __init__(self, codec: PCACodec, dtype: torch.dtype = torch.float32):
         self.patch, self.stride = codec.space_stride, codec.time_stride
@@ -202,7 +202,7 @@ class InkCodec:
         return [torch.einsum("cnkpq,k->cnpq", p, torch.tensor(colour).to(p)) for p in self.parts]
 
     def pull(self, latents: torch.Tensor, colour: Sequence[float]) -> torch.Tensor:
-        """Return ink frames [T,H,W] of `latents` [F,C,h,w] and `colour`: the transpose of `push`."""
+        """Return ink [T,H,W] of `latents` [F,C,h,w] in `colour`: the transpose of `push`."""
         first, group = self.in_colour(colour)
         frames = torch.einsum("chw,cnpq->nhpwq", latents[0], first).flatten(3).flatten(1, 2)
         groups = torch.einsum("fchw,cnpq->fnhpwq", latents[1:], group)
@@ -365,7 +365,7 @@ class ExactScore:
     ) -> torch.Tensor:
         """Return E[x0 | x, caption], [F,C,h,w], for `x` [F,C,h,w] at noise level `sigma` in (0,1].
 
-        The mean is over the handwritings `rows` (bool [N]), by default all of the digit of `caption`.
+        The mean is over the handwritings `rows` (bool [N]), by default all of the `caption`.
         """
         rows = self.rows(caption) if rows is None else rows
         weights = self.log_weights(x, sigma, caption, rows)
