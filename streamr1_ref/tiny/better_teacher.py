@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import torch
@@ -19,15 +20,18 @@ from torch import nn
 from ..flow import mix_noise, shift_sigma
 from .codec import PCACodec, fit_codec, load_codec
 from .exact import ExactScore, GridOracle, GridWorld, grid_clips, load_next
-from .teacher import TextToLatents, TinyTeacher
+from .teacher import TextToLatents, TinyMethod, TinyTeacher, tiny_trainer
 from .world import Caption, caption_split
+from ..training.checkpoint import newest, read_state
+from ..training.method import Record
+from ..training.trainer import Trainer
 from ..transformer import WanConfig, load_wan_weights
 from ..utils.files import data_path, load_tensors, save_tensors
 from ..utils.runtime import seeded
 
 # %% auto #0
-__all__ = ['NEXT_NET', 'LEVELS', 'next_codec', 'hand_noise_through', 'ScoreConfig', 'ScoreBatch', 'score_batch', 'orthogonalise',
-           'Muon', 'by_level', 'make_optimizers', 'ScoreTrainer', 'checkpoint_of', 'go_on_from', 'train_on_score',
+__all__ = ['NEXT_NET', 'LEVELS', 'LEVEL_NAMES', 'next_codec', 'hand_noise_through', 'ScoreConfig', 'ScoreBatch', 'score_batch',
+           'orthogonalise', 'Muon', 'MuonAdamW', 'by_level', 'score_optimizer', 'ScoreMethod', 'thin_score_log',
            'save_next', 'judge_samples', 'judge_real', 'go_on_from_weights', 'train_next', 'cool_next', 'export_next',
            'evaluate_next']
 
@@ -93,6 +97,10 @@ class ScoreConfig:
         if min(self.batch, self.warm_up, self.save_every, self.short_latents) < 1:
             raise ValueError("batch, warm_up, save_every, short_latents: expected at least 1")
 
+    def rate(self, step: int) -> float:
+        """Return the learning rate of `step` as a share of `lr`."""
+        return min(1.0, (step + 1) / self.warm_up)
+
 # %% ../../nbs/tiny/03d_better_teacher.ipynb #e8955112
 @dataclass
 class ScoreBatch:
@@ -101,7 +109,7 @@ class ScoreBatch:
     x: torch.Tensor  # [B,F,C,h,w]
     sigma: torch.Tensor  # [B]
     prompts: list[str]
-    flow: torch.Tensor  # like x
+    flow: torch.Tensor  # [B,F,C,h,w]
 
 
 def score_batch(
@@ -147,7 +155,9 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrix updates are made orthogonal, at the root mean square of AdamW's.
 
-    Source: Jordan et al. 2024, with the scale of 2502.16982, sec. 2.2. For 2-D parameters only.
+    `params` are 2-D parameters; `momentum` is the decay of the mean gradient, `weight_decay` a
+    share of the learning rate `lr`. Source: Jordan et al. 2024, with the scale of 2502.16982,
+    sec. 2.2.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
@@ -155,7 +165,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        "One update of all parameters that have a gradient."
+        """Update all parameters that have a gradient."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = {}
             for p in group["params"]:
@@ -171,8 +181,31 @@ class Muon(torch.optim.Optimizer):
                 for p, update in zip(params, updates):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
 
+# %% ../../nbs/tiny/03d_better_teacher.ipynb #95ebb706
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for `matrices` and AdamW for all `others`, with the same `lr` and `weight_decay`."""
+
+    def __init__(
+        self,
+        matrices: Sequence[nn.Parameter],
+        others: Sequence[nn.Parameter],
+        lr: float,
+        weight_decay: float = 0.01,
+    ):
+        muon = Muon(matrices, lr, weight_decay=weight_decay)
+        adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+        self.parts = (muon, adamw)
+
+    def step(self) -> None:
+        """Update all parameters that have a gradient."""
+        for part, group in zip(self.parts, self.param_groups):
+            part.param_groups, part.state = [group], self.state  # also after load_state_dict
+            part.step()
+
 # %% ../../nbs/tiny/03d_better_teacher.ipynb #2558496e
 LEVELS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)  # borders in the log
+LEVEL_NAMES = [f"loss {low:g} to {high:g}" for low, high in zip(LEVELS, LEVELS[1:])]
 
 
 def by_level(sigma: torch.Tensor, error: torch.Tensor) -> list[float | None]:
@@ -185,21 +218,21 @@ def by_level(sigma: torch.Tensor, error: torch.Tensor) -> list[float | None]:
     return [round(part.mean().item(), 5) if len(part) else None for part in parts]
 
 # %% ../../nbs/tiny/03d_better_teacher.ipynb #197b216d
-def make_optimizers(model: TextToLatents, cfg: ScoreConfig) -> dict[str, torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for everything else."""
-    muon, rest = [], []
+def score_optimizer(model: TextToLatents, cfg: ScoreConfig) -> MuonAdamW:
+    """Return Muon for the matrices of `model`'s layers and AdamW for the rest, as `cfg` says."""
+    matrices, others = [], []
     for name, p in model.named_parameters():
         inner = name.startswith("transformer.blocks.") and p.ndim == 2
-        (muon if inner else rest).append(p)
-    decay = cfg.weight_decay
-    return {
-        "muon": Muon(muon, cfg.lr, weight_decay=decay),
-        "adamw": torch.optim.AdamW(rest, cfg.lr, betas=(0.9, 0.99), weight_decay=decay),
-    }
+        (matrices if inner else others).append(p)
+    return MuonAdamW(matrices, others, cfg.lr, cfg.weight_decay)
 
 # %% ../../nbs/tiny/03d_better_teacher.ipynb #cf2c97ce
-class ScoreTrainer:
-    """Model, EMA and optimizers of one training; all follows from `cfg`, codec, net and world."""
+class ScoreMethod(TinyMethod):
+    """The training on the exact score with settings `cfg`; initial weights follow from its seed.
+
+    `codec` makes the latents, `net` are the sizes of the network, `world` is that of the clips.
+    With `cool` = (first, steps) the learning rate falls to zero over `steps` steps from `first`.
+    """
 
     def __init__(
         self,
@@ -207,134 +240,90 @@ class ScoreTrainer:
         codec: PCACodec,
         net: WanConfig = NEXT_NET,
         world: GridWorld = GridWorld(),
+        cool: tuple[int, int] | None = None,
     ):
-        self.cfg, self.step_count, self.captions = cfg, 0, caption_split()[0]
+        self.cool, self.captions = cool, caption_split()[0]
         self.full = 1 + (world.num_frames - 1) // codec.time_stride
         short = replace(world, num_frames=1 + (cfg.short_latents - 1) * codec.time_stride)
         self.scores = {"short": ExactScore(codec, short), "full": ExactScore(codec, world)}
         with torch.random.fork_rng(devices=[]):  # the caller's random state stays
             torch.manual_seed(cfg.seed)
-            self.model, self.average = TextToLatents(net), TextToLatents(net)
-            hand_noise_through(self.model)
-        self.average.load_state_dict(self.model.state_dict())
-        self.optimizers = make_optimizers(self.model, cfg)
+            model, _ = TextToLatents(net), TextToLatents(net)  # two: the draws of the first run
+            hand_noise_through(model)
+        super().__init__(cfg, model)
 
-    def batch(self) -> ScoreBatch:
-        "The batch of the step that comes next."
-        if self.step_count >= self.cfg.short_steps:
-            return score_batch(self.cfg, self.step_count, self.scores["full"], self.captions)
+    def batch(self, step: int) -> ScoreBatch:
+        """Return the batch of `step`."""
+        if step >= self.cfg.short_steps:
+            return score_batch(self.cfg, step, self.scores["full"], self.captions)
         cfg = replace(self.cfg, batch=self.cfg.batch * self.full // self.cfg.short_latents)
-        return score_batch(cfg, self.step_count, self.scores["short"], self.captions)
+        return score_batch(cfg, step, self.scores["short"], self.captions)
 
-    def step(self, rate: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        "One update at `rate` times the learning rate; returns level and squared error [B] by clip."
-        batch, warm = self.batch(), min(1, (self.step_count + 1) / self.cfg.warm_up)
-        flow = self.model(batch.x, batch.sigma * 1000, batch.prompts)
-        error = (flow - batch.flow).square().flatten(1).mean(1)
-        if not error.isfinite().all():
-            raise FloatingPointError(f"loss: expected a finite value at step {self.step_count}")
-        self.model.zero_grad()
-        error.mean().backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip_norm)
-        for optimizer in self.optimizers.values():
-            optimizer.param_groups[0]["lr"] = rate * warm * self.cfg.lr
-            optimizer.step()
-        self.step_count += 1
-        decay = min(self.cfg.ema, self.step_count / (self.step_count + 10))
-        with torch.no_grad():
-            for mean, value in zip(self.average.parameters(), self.model.parameters()):
-                mean.lerp_(value, 1 - decay)
-        return batch.sigma, error.detach()
+    def loss(self, role: str, batch: int) -> tuple[torch.Tensor, Record]:
+        """Return the mean squared error of the network `role` on the batch of step `batch`.
 
-# %% ../../nbs/tiny/03d_better_teacher.ipynb #2f194b1e
-def checkpoint_of(trainer: ScoreTrainer) -> dict[str, torch.Tensor]:
-    """All tensors that a training needs in order to go on, by name."""
-    tensors = {"step": torch.tensor(trainer.step_count)}
-    for name, model in (("model", trainer.model), ("average", trainer.average)):
-        tensors |= {f"{name}.{k}": v for k, v in model.state_dict().items()}
-    for name, optimizer in trainer.optimizers.items():
-        for i, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"{name}.{i}.{k}": v for k, v in state.items()}
-    return tensors
+        It is a scalar; the record holds errors and noise levels [B].
+        """
+        made = self.batch(batch)
+        flow = self.roles[role](made.x, made.sigma * 1000, made.prompts)
+        error = (flow - made.flow).square().flatten(1).mean(1)
+        return error.mean(), {"loss": error.detach(), "sigma": made.sigma}
 
+    def summary(self, record: Record) -> dict[str, float]:
+        """Return the mean loss of a `record`, and the loss between neighbouring LEVELS."""
+        parts = zip(LEVEL_NAMES, by_level(record["sigma"], record["loss"]))
+        row = {"loss": record["loss"].mean().item()}
+        return row | {name: value for name, value in parts if value is not None}
 
-def go_on_from(trainer: ScoreTrainer, tensors: dict[str, torch.Tensor]) -> None:
-    """Put the tensors of `checkpoint_of` back into `trainer`."""
+    def optimizer(self, role: str) -> torch.optim.Optimizer:
+        """Return `score_optimizer` of the network `role`."""
+        return score_optimizer(self.roles[role], self.cfg)
 
-    def part(name: str) -> dict[str, torch.Tensor]:
-        return {
-            k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")
-        }
+    def learning_rate(self, role: str, step: int) -> float:
+        """Return the share of the full rate at `step`, the same for any `role`."""
+        if self.cool is None:
+            return self.cfg.rate(step)
+        first, steps = self.cool
+        return (1 - (step - first) / steps) * self.cfg.rate(step)
 
-    trainer.model.load_state_dict(part("model"))
-    trainer.average.load_state_dict(part("average"))
-    for name, optimizer in trainer.optimizers.items():
-        state: dict[int, dict] = {}
-        for key, value in part(name).items():
-            i, entry = key.split(".")
-            state.setdefault(int(i), {})[entry] = value
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    trainer.step_count = int(tensors["step"])
-
-# %% ../../nbs/tiny/03d_better_teacher.ipynb #671c84cc
-def train_on_score(
-    trainer: ScoreTrainer,
-    folder: str | Path,
-    until: int,
-    rate: Callable[[int], float] = lambda step: 1.0,
-) -> None:
-    """Train to step `until` in `folder`, from its checkpoint if there is one.
-
-    Every `save_every` steps: a checkpoint, whole or not at all, and a line of log.jsonl with step,
-    loss and loss by level. ValueError if the checkpoint was made with other settings.
-    """
-    folder, every = Path(folder), trainer.cfg.save_every
-    settings = json.dumps(
-        {
-            "training": asdict(trainer.cfg),
-            "net": asdict(trainer.model.transformer.cfg),
-            "world": asdict(trainer.scores["full"].world),
-        }
-    )
-    checkpoint, log = folder / "checkpoint.safetensors", folder / "log.jsonl"
-    if checkpoint.exists():
-        tensors, metadata = load_tensors(checkpoint)
-        if metadata["settings"] != settings:
-            raise ValueError(
-                f"cfg: {checkpoint} was made with {metadata['settings']}, got {settings}"
-            )
-        go_on_from(trainer, tensors)
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = log.read_text().splitlines() if log.exists() else []
-    lines = [line for line in lines if json.loads(line)["step"] <= trainer.step_count]
-    log.write_text("".join(line + "\n" for line in lines))  # later lines are written again
-    while trainer.step_count < until:
-        seen = [trainer.step(rate(trainer.step_count)) for _ in range(every)]
-        sigma, error = (torch.cat(values) for values in zip(*seen))
-        save_tensors(checkpoint, checkpoint_of(trainer), {"settings": settings})
-        with log.open("a") as record:
-            record.write(
-                json.dumps(
-                    {
-                        "step": trainer.step_count,
-                        "loss": round(error.mean().item(), 5),
-                        "by_level": by_level(sigma, error),
-                    }
-                )
-                + "\n"
-            )
+    def settings(self) -> dict:
+        """Return the settings that a checkpoint must have been made with."""
+        net, world = self.roles["model"].transformer.cfg, self.scores["full"].world
+        return super().settings() | {"net": asdict(net), "world": asdict(world)}
 
 # %% ../../nbs/tiny/03d_better_teacher.ipynb #a8ced058
-def save_next(path: str | Path, checkpoint: str | Path, part: str = "average") -> Path:
-    """Write weights of a training's checkpoint in float16, with step and settings as metadata.
+def thin_score_log(lines: Sequence[str], every: int = 100) -> list[dict]:
+    """Return one row for `every` steps of a log: last step, mean loss, mean loss by level.
 
-    `part` is "average" for the EMA, or "model" for the last weights (right after `cool_next`).
+    `lines` are those of log.jsonl. The loss between levels that were never seen is None.
     """
-    tensors, metadata = load_tensors(checkpoint)
-    weights = {
-        k.removeprefix(f"{part}."): v.half() for k, v in tensors.items() if k.startswith(f"{part}.")
-    }
-    return save_tensors(path, weights, metadata | {"step": str(int(tensors["step"]))})
+    groups: dict[int, list[dict]] = {}
+    for row in map(json.loads, lines):
+        groups.setdefault((row["step"] - 1) // every, []).append(row)
+    thin = []
+    for rows in groups.values():
+        seen = [[row[name] for row in rows if name in row] for name in ("loss", *LEVEL_NAMES)]
+        loss, *levels = [round(fmean(values), 5) if values else None for values in seen]
+        thin.append({"step": rows[-1]["step"], "loss": loss, "by_level": levels})
+    return thin
+
+
+def save_next(path: str | Path, run: str | Path, part: Literal["ema", "model"] = "ema") -> Path:
+    """Write weights of the newest checkpoint in the folder `run` to `path`, in float16.
+
+    `part` is "ema" for the EMA, or "model" for the last weights (right after `cool_next`). Step
+    and settings are the metadata. Raises FileNotFoundError if there is no checkpoint.
+    """
+    checkpoint, _ = newest(run)
+    if checkpoint is None:
+        raise FileNotFoundError(f"run: expected a checkpoint of a training in {run}, found none")
+    state, tensors = read_state(checkpoint), {}
+    for file in checkpoint.glob("*.safetensors"):
+        tensors |= load_tensors(file)[0]
+    prefix = {"ema": "ema.model.", "model": "model."}[part]
+    weights = {k.removeprefix(prefix): v.half() for k, v in tensors.items() if k.startswith(prefix)}
+    metadata = {"settings": json.dumps(state["settings"]), "step": str(state["step"])}
+    return save_tensors(path, weights, metadata)
 
 # %% ../../nbs/tiny/03d_better_teacher.ipynb #47263174
 def judge_samples(
@@ -369,15 +358,18 @@ def judge_real(
     return GridOracle(world).judge(codec.decode(codec.encode(pixels)), captions)
 
 # %% ../../nbs/tiny/03d_better_teacher.ipynb #36d2db5a
-def go_on_from_weights(trainer: ScoreTrainer, path: str | Path) -> None:
-    """Put weights of `save_next` and their step into `trainer`; its optimizers start afresh.
+def go_on_from_weights(trainer: Trainer, path: str | Path) -> None:
+    """Put weights and step of the file `path` of `save_next` into the `trainer` of a `ScoreMethod`.
 
     This is how a training goes on where only the shipped weights are at hand: not bit for bit,
-    but at the same place. Raises ValueError if the tensors do not fit.
+    since the optimizer starts afresh. Raises ValueError if the tensors do not fit.
     """
     tensors, metadata = load_tensors(path)
-    for model in (trainer.model, trainer.average):
-        load_wan_weights(model, {name: value.float() for name, value in tensors.items()})
+    model = trainer.method.roles["model"]
+    load_wan_weights(model, {name: value.float() for name, value in tensors.items()})
+    weights = dict(model.named_parameters())
+    for name, value in trainer.ema["model"].items():
+        value.copy_(weights[name].detach())
     trainer.step_count = int(metadata["step"])
 
 # %% ../../nbs/tiny/03d_better_teacher.ipynb #52aeb739
@@ -389,15 +381,17 @@ def train_next(
 ) -> None:
     """Train the second edition's teacher in the folder `run`, or go on where it was stopped.
 
-    In an empty folder it goes on from the shipped weights, unless `from_scratch` is set.
+    It ends after step `until` and uses `threads` threads. In an empty folder it goes on from the
+    shipped weights, unless `from_scratch` is set.
     """
     torch.set_num_threads(threads)
-    trainer = ScoreTrainer(ScoreConfig(), load_codec(data_path("tiny_codec_next.safetensors")))
-    if not from_scratch and not (Path(run) / "checkpoint.safetensors").exists():
+    codec = load_codec(data_path("tiny_codec_next.safetensors"))
+    trainer = tiny_trainer(ScoreMethod(ScoreConfig(), codec), run, until)
+    if trainer.step_count == 0 and not from_scratch:
         go_on_from_weights(trainer, data_path("tiny_teacher_next.safetensors"))
-    train_on_score(trainer, run, until)
+    trainer.train(progress=False)
 
-# %% ../../nbs/tiny/03d_better_teacher.ipynb #d0cfc934
+
 def cool_next(
     run: str = "runs/next_teacher",
     cooled: str = "runs/next_cooled",
@@ -407,33 +401,43 @@ def cool_next(
     """Train `steps` more steps from the checkpoint in `run` while the learning rate falls to zero.
 
     They go to the folder `cooled`, and `run` stays as it is. If `cooled` exists, it is finished.
+    `threads` is the number of threads. Raises FileNotFoundError if `run` has no checkpoint.
     """
     torch.set_num_threads(threads)
-    start = Path(cooled) / "start.safetensors"
+    start = Path(cooled) / "start.json"
     if not start.exists():
-        start.parent.mkdir(parents=True)
-        for name in ("checkpoint.safetensors", "log.jsonl"):
-            shutil.copy(Path(run) / name, Path(cooled) / name)
-        shutil.copy(Path(run) / "checkpoint.safetensors", start)
-    first = int(load_tensors(start)[0]["step"])
-    trainer = ScoreTrainer(ScoreConfig(), load_codec(data_path("tiny_codec_next.safetensors")))
-    train_on_score(trainer, cooled, first + steps, lambda step: 1 - (step - first) / steps)
+        checkpoint, _ = newest(run)
+        if checkpoint is None:
+            raise FileNotFoundError(f"run: expected a checkpoint of a training in {run}")
+        copied = Path(cooled) / "checkpoints" / checkpoint.name
+        shutil.copytree(checkpoint, copied, dirs_exist_ok=True)
+        shutil.copy(Path(run) / "log.jsonl", cooled)
+        start.write_text(json.dumps(read_state(checkpoint)["step"]))
+    first = json.loads(start.read_text())
+    codec = load_codec(data_path("tiny_codec_next.safetensors"))
+    method = ScoreMethod(ScoreConfig(), codec, cool=(first, steps))
+    tiny_trainer(method, cooled, first + steps).train(progress=False)
 
-
+# %% ../../nbs/tiny/03d_better_teacher.ipynb #d0cfc934
 def export_next(
-    run: str = "runs/next_teacher",
-    out: str = "data_samples",
-    part: Literal["average", "model"] = "average",
+    run: str = "runs/next_teacher", out: str = "data_samples", part: Literal["ema", "model"] = "ema"
 ) -> None:
-    """Write the EMA (or the last) weights and the log of the training in `run` to `out`."""
-    checkpoint = Path(run) / "checkpoint.safetensors"
-    save_next(Path(out) / "tiny_teacher_next.safetensors", checkpoint, part)
-    log = (Path(run) / "log.jsonl").read_text()
-    (Path(out) / "tiny_teacher_next_log.jsonl").write_text(log)
+    """Write weights and the log of the training in `run` to the folder `out`.
+
+    `part` is "ema" for the EMA, "model" for the last weights.
+    """
+    save_next(Path(out) / "tiny_teacher_next.safetensors", run, part)
+    rows = thin_score_log((Path(run) / "log.jsonl").read_text().splitlines())
+    log = Path(out) / "tiny_teacher_next_log.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def evaluate_next(weights: str | None = None, captions: int = 64, threads: int = 1) -> None:
-    """Print the oracle's metrics of the weights at guidance 1 and 3, and those of real clips."""
+    """Print the oracle's metrics of a teacher at guidance 1 and 3, and those of real clips.
+
+    `weights` is a file of `save_next`, by default the shipped one; `captions` held-out captions
+    are judged, with `threads` threads.
+    """
     torch.set_num_threads(threads)
     teacher, heldout = load_next(weights), caption_split()[1]
     heldout = heldout[:: len(heldout) // captions][:captions]

@@ -17,7 +17,7 @@ from torch import nn
 from ..ports import LatentCodec
 from ..reward import AXES, bradley_terry, pair_logits
 from .codec import to_patches
-from .teacher import Training, update
+from .teacher import TinyMethod, TinyTrainingConfig
 from .text import WORDS, tokenize
 from streamr1_ref.tiny.world import (
     COLOURS,
@@ -31,13 +31,14 @@ from streamr1_ref.tiny.world import (
     jitter,
     sample_clips,
 )
+from ..training.method import Record
 from ..utils.checks import check_tensor
 from ..utils.files import data_path, load_tensors, save_tensors
 from ..utils.runtime import seeded
 
 # %% auto #0
 __all__ = ['LEVELS', 'CORRUPTIONS_BY_AXIS', 'corrupt_by_levels', 'severity', 'wrong_captions', 'PreferenceBatch',
-           'preference_batch', 'Mixer', 'TinyReward', 'RewardConfig', 'preference_loss', 'RewardTrainer', 'calibrate',
+           'preference_batch', 'Mixer', 'TinyReward', 'RewardConfig', 'preference_loss', 'RewardMethod', 'calibrate',
            'pair_accuracy', 'save_reward', 'load_reward']
 
 # %% ../../nbs/tiny/08b_tiny_reward.ipynb #d8fb2f20
@@ -165,8 +166,8 @@ class TinyReward(nn.Module):
         self.first = nn.Linear(3 * patch**2, dim)
         self.group = nn.Linear(3 * time_stride * patch**2, dim)
         self.mixers = nn.Sequential(*(Mixer(dim) for _ in range(depth)))
-        words = nn.Linear(2 * dim, 2 + len(WORDS) + 1)
-        self.head = nn.Sequential(nn.Linear(2 * dim, 2 * dim), nn.GELU(), words)
+        hidden, numbers = 2 * dim, 2 + len(WORDS) + 1  # VQ, MQ, and a number for every word
+        self.head = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, numbers))
         self.index = {word: i for i, word in enumerate(WORDS, start=1)}
         self.register_buffer("mean", torch.zeros(3))
         self.register_buffer("std", torch.ones(3))
@@ -201,13 +202,13 @@ class TinyReward(nn.Module):
 
 # %% ../../nbs/tiny/08b_tiny_reward.ipynb #e7efd3b6
 @dataclass(frozen=True)
-class RewardConfig(Training):
+class RewardConfig(TinyTrainingConfig):
     """Settings of the reward model's training; the defaults made the shipped one."""
 
-    steps: int = 2500
-    batch: int = 32
-    lr: float = 2e-3
-    ema: float = 0.99
+    steps: int = 2500  # updates of the weights
+    batch: int = 32  # clips a step
+    lr: float = 2e-3  # peak of the learning rate
+    ema: float = 0.99  # decay of the EMA of the weights
 
 # %% ../../nbs/tiny/08b_tiny_reward.ipynb #aa483365
 def preference_loss(model: TinyReward, batch: PreferenceBatch) -> torch.Tensor:
@@ -226,27 +227,23 @@ def preference_loss(model: TinyReward, batch: PreferenceBatch) -> torch.Tensor:
     return looks + motion + bradley_terry(torch.stack(ahead))
 
 # %% ../../nbs/tiny/08b_tiny_reward.ipynb #71b52324
-class RewardTrainer:
-    """Model, EMA and optimizer of a reward training with `cfg`; clips go through `codec`."""
+class RewardMethod(TinyMethod):
+    """The training of a `TinyReward` with settings `cfg`; clips go through `codec`."""
 
     def __init__(self, cfg: RewardConfig, codec: LatentCodec):
-        self.cfg, self.codec = cfg, codec
-        self.captions, self.step_count = caption_split()[0], 0
-        with torch.random.fork_rng(devices=[]):
+        self.codec, self.captions = codec, caption_split()[0]
+        with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
             torch.manual_seed(cfg.seed)
-            self.model, self.average = TinyReward(), TinyReward()
-        self.average.load_state_dict(self.model.state_dict())
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01
-        )
+            model = TinyReward()
+        super().__init__(cfg, model)
 
-    def step(self) -> float:
-        """Make one update and return the loss."""
-        generator = seeded(self.cfg.seed, self.step_count)
+    def loss(self, role: str, batch: int) -> tuple[torch.Tensor, Record]:
+        """Return the `preference_loss` of the network `role` on clips of step `batch`, a scalar."""
+        generator = seeded(self.cfg.seed, batch)
         picks = torch.randint(len(self.captions), (self.cfg.batch,), generator=generator).tolist()
         chosen = [self.captions[i] for i in picks]
-        batch = preference_batch(chosen, self.codec, generator)
-        return update(self, preference_loss(self.model, batch))
+        loss = preference_loss(self.roles[role], preference_batch(chosen, self.codec, generator))
+        return loss, {"loss": loss.detach()[None]}
 
 # %% ../../nbs/tiny/08b_tiny_reward.ipynb #00c03b93
 @torch.no_grad()

@@ -19,14 +19,21 @@ from ..flow import FlowSchedule
 from ..ports import LatentCodec
 from ..rollout import StreamSampler
 from .metrics import Oracle, judge, read_glyphs
-from .teacher import TextToLatents, TinyTeacher, Training, load_teacher, update
+from streamr1_ref.tiny.teacher import (
+    TextToLatents,
+    TinyMethod,
+    TinyTeacher,
+    TinyTrainingConfig,
+    load_teacher,
+)
 from .world import Caption, caption_split
+from ..training.method import Record, adamw
 from ..utils.files import data_path, load_tensors, save_tensors
 from ..utils.runtime import progress as progress_bar
 from ..utils.runtime import seeded
 
 # %% auto #0
-__all__ = ['ode_path', 'make_ode_pairs', 'load_ode_pairs', 'regression_loss', 'StudentConfig', 'StudentTrainer', 'TinyStudent',
+__all__ = ['ode_path', 'make_ode_pairs', 'load_ode_pairs', 'regression_loss', 'StudentConfig', 'StudentMethod', 'TinyStudent',
            'load_student', 'policies', 'similarity', 'drift']
 
 # %% ../../nbs/tiny/06b_tiny_student.ipynb #987293f6
@@ -128,44 +135,41 @@ def regression_loss(
 
 # %% ../../nbs/tiny/06b_tiny_student.ipynb #fe0d9d96
 @dataclass(frozen=True)
-class StudentConfig(Training):
+class StudentConfig(TinyTrainingConfig):
     """Settings of the causal initialisation; the defaults made the shipped student."""
 
-    steps: int = 4000
-    batch: int = 16
-    lr: float = 1e-3
-    ema: float = 0.995
+    steps: int = 4000  # updates of the weights
+    batch: int = 16  # paths a step
+    lr: float = 1e-3  # peak of the learning rate
+    ema: float = 0.995  # decay of the EMA of the weights
 
 # %% ../../nbs/tiny/06b_tiny_student.ipynb #e618cb45
-class StudentTrainer:
-    """Regresses a copy of `teacher`, made causal by a mask, onto `paths`, with settings `cfg`.
+class StudentMethod(TinyMethod):
+    """The causal initialisation with settings `cfg`: `teacher`'s network regressed onto paths.
 
-    `paths` [N,S+1,F,C,h,w] and `prompts` are those of `load_ode_pairs`.
+    A mask makes a copy of it causal. `paths` [N,S+1,F,C,h,w] and `prompts` are those of
+    `load_ode_pairs`.
     """
 
     def __init__(
         self, cfg: StudentConfig, teacher: TinyTeacher, paths: torch.Tensor, prompts: list[str]
     ):
-        self.cfg, self.schedule, self.step_count = cfg, teacher.schedule, 0
-        self.paths, self.prompts = paths, prompts
-        self.model, self.average = copy.deepcopy(teacher.model), copy.deepcopy(teacher.model)
-        self.model.transformer.requires_grad_(True)  # the text encoder stays the teacher's
-        self.optimizer = torch.optim.AdamW(
-            self.model.transformer.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01
-        )
+        self.schedule, self.paths, self.prompts = teacher.schedule, paths, prompts
+        model = copy.deepcopy(teacher.model).requires_grad_(False)
+        model.transformer.requires_grad_(True)  # the text encoder stays the teacher's
+        super().__init__(cfg, model)
 
-    def step(self) -> float:
-        """Make one update and return the loss."""
-        generator = seeded(self.cfg.seed, self.step_count)
+    def optimizer(self, role: str) -> torch.optim.Optimizer:
+        """Return AdamW for the transformer in the network `role`."""
+        return adamw(self.roles[role].transformer, self.optimizers[role])
+
+    def loss(self, role: str, batch: int) -> tuple[torch.Tensor, Record]:
+        """Return the `regression_loss` of the network `role` on paths of step `batch`, a scalar."""
+        generator = seeded(self.cfg.seed, batch)
         chosen = torch.randint(len(self.paths), (self.cfg.batch,), generator=generator)
-        loss = regression_loss(
-            self.model,
-            self.paths[chosen].float(),
-            [self.prompts[i] for i in chosen.tolist()],
-            self.schedule,
-            generator,
-        )
-        return update(self, loss)
+        paths, prompts = self.paths[chosen].float(), [self.prompts[i] for i in chosen.tolist()]
+        loss = regression_loss(self.roles[role], paths, prompts, self.schedule, generator)
+        return loss, {"loss": loss.detach()[None]}
 
 # %% ../../nbs/tiny/06b_tiny_student.ipynb #07e75edf
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
 # %% ../../nbs/tiny/03b_tiny_teacher.ipynb #3e05e1e7
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -19,15 +20,17 @@ from .codec import PCACodec, fit_codec, load_codec
 from .metrics import Oracle, report_row
 from .text import WordEncoder
 from .world import Caption, WorldConfig, caption_split, mixed_clips
+from ..training.method import BaseMethod, OptimizerConfig, Record
+from ..training.trainer import TrainConfig, Trainer
 from ..transformer import WanConfig, WanTransformer, load_wan_weights
 from ..utils.files import data_path, load_tensors, save_tensors
 from ..utils.runtime import progress as progress_bar
 from ..utils.runtime import seeded
 
 # %% auto #0
-__all__ = ['TextToLatents', 'Training', 'TeacherConfig', 'FlowBatch', 'training_batch', 'flow_loss', 'update', 'TeacherTrainer',
-           'checkpoint_tensors', 'restore', 'run_training', 'train_teacher', 'tiny_codec', 'TinyTeacher',
-           'save_teacher', 'net_from_json', 'load_teacher', 'evaluate_teacher', 'codec_floor']
+__all__ = ['TextToLatents', 'TinyTrainingConfig', 'TeacherConfig', 'FlowBatch', 'training_batch', 'flow_loss', 'TinyMethod',
+           'TeacherMethod', 'tiny_trainer', 'fit', 'ema_model', 'tiny_codec', 'TinyTeacher', 'save_teacher',
+           'net_from_json', 'load_teacher', 'evaluate_teacher', 'codec_floor']
 
 # %% ../../nbs/tiny/03b_tiny_teacher.ipynb #82e216e3
 class TextToLatents(nn.Module):
@@ -48,8 +51,11 @@ class TextToLatents(nn.Module):
 
 # %% ../../nbs/tiny/03b_tiny_teacher.ipynb #2d32fbc6
 @dataclass(frozen=True)
-class Training:
-    """What every training by `run_training` needs."""
+class TinyTrainingConfig:
+    """Settings that every training of one network in the tiny world has.
+
+    Raises ValueError for settings that make no training.
+    """
 
     steps: int  # updates of the weights
     batch: int  # clips a step
@@ -59,24 +65,40 @@ class Training:
     seed: int = 0  # of initial weights and all draws
     save_every: int = 250  # steps between checkpoints
 
-    def learning_rate(self, step: int) -> float:
-        """Return the learning rate of `step`."""
+    def __post_init__(self):
+        for name in ("steps", "batch", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema: expected a number from 0 to below 1, got {self.ema}")
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of `step` as a share of the peak: warm-up, then decay."""
         warm_up = min(100, 1 + self.steps // 10)
-        return self.lr * min(1.0, (step + 1) / warm_up) * (1 - step / self.steps)
+        return min(1.0, (step + 1) / warm_up) * (1 - step / self.steps)
 
 # %% ../../nbs/tiny/03b_tiny_teacher.ipynb #4145b2e2
 @dataclass(frozen=True)
-class TeacherConfig(Training):
-    """Settings of the teacher's training; the defaults made the shipped weights."""
+class TeacherConfig(TinyTrainingConfig):
+    """Settings of the teacher's training; the defaults made the shipped weights.
 
-    steps: int = 13000
+    Raises ValueError for shares outside of [0, 1].
+    """
+
+    steps: int = 13000  # updates of the weights
     batch: int = 24  # clips of full length; short ones fill as many latent frames
-    lr: float = 3e-3
+    lr: float = 3e-3  # peak of the learning rate
     short_steps: float = 0.6  # share of the steps, the first ones, on short clips
     short_latents: int = 3  # latent frames of a short clip
     drop_caption: float = 0.1  # share of the clips that are shown without their prompt
     corrupted: float = 0.5  # share of corrupted clips
     shift: float = 3.0  # of the noise levels
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("short_steps", "drop_caption", "corrupted"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
 
     def latent_frames(self, step: int, full: int) -> int:
         """Return the latent frames of the clips of `step`; a whole clip has `full`."""
@@ -131,34 +153,33 @@ def flow_loss(
     return (flow - (noise - x0)).square().mean()
 
 # %% ../../nbs/tiny/03b_tiny_teacher.ipynb #a61d296e
-def update(trainer: TeacherTrainer, loss: torch.Tensor) -> float:
-    """Step the optimizer and the EMA of `trainer` down the gradient of `loss`, a scalar; return it.
+class TinyMethod(BaseMethod):
+    """A method that trains one network, the role "model", by AdamW with settings `cfg`.
 
-    Raises FloatingPointError, with the weights untouched, if `loss` is not finite.
+    The learning rate warms up and then falls to zero. A subclass has the `loss`; number `batch`
+    is that of the step.
     """
-    if not loss.isfinite():
-        raise FloatingPointError(
-            f"loss: expected a finite value, got {loss.item()} at step {trainer.step_count}"
-        )
-    for group in trainer.optimizer.param_groups:
-        group["lr"] = trainer.cfg.learning_rate(trainer.step_count)
-    trainer.optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.cfg.clip_norm)
-    trainer.optimizer.step()
-    trainer.step_count += 1
-    # a young EMA forgets faster, or the initial weights would stay in it for long
-    decay = min(trainer.cfg.ema, trainer.step_count / (trainer.step_count + 10))
-    averages, weights = list(trainer.average.parameters()), list(trainer.model.parameters())
-    with torch.no_grad():
-        torch._foreach_lerp_(averages, weights, 1 - decay)
-    return loss.item()
+
+    ema_roles = ("model",)
+
+    def __init__(self, cfg: TinyTrainingConfig, model: nn.Module):
+        """Train `model`; its EMA is what the training is for."""
+        self.cfg, self.roles, self.clip_norm = cfg, {"model": model}, cfg.clip_norm
+        self.optimizers = {"model": OptimizerConfig(cfg.lr, betas=(0.9, 0.99), weight_decay=0.01)}
+
+    def learning_rate(self, role: str, step: int) -> float:
+        """Return the share of the peak rate at `step`, the same for any `role`."""
+        return self.cfg.rate(step)
+
+    def settings(self) -> dict:
+        """Return the settings that a checkpoint must have been made with."""
+        return {"training": asdict(self.cfg)}
 
 # %% ../../nbs/tiny/03b_tiny_teacher.ipynb #aaf6ce2c
-class TeacherTrainer:
-    """Model, EMA and optimizer of one training; the initial weights follow from `cfg.seed`.
+class TeacherMethod(TinyMethod):
+    """The teacher's training with settings `cfg`; the initial weights follow from its seed.
 
-    `codec` makes the latents, `net` are the sizes of the network, `world` that of the clips.
+    `codec` makes the latents, `net` are the sizes of the network, `world` those of the clips.
     """
 
     def __init__(
@@ -168,101 +189,57 @@ class TeacherTrainer:
         net: WanConfig = WanConfig(),
         world: WorldConfig = WorldConfig(),
     ):
-        self.cfg, self.codec, self.world = cfg, codec, world
-        self.captions, self.step_count = caption_split()[0], 0
+        self.codec, self.world, self.captions = codec, world, caption_split()[0]
         with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
             torch.manual_seed(cfg.seed)
-            self.model, self.average = TextToLatents(net), TextToLatents(net)
-        nn.init.zeros_(self.model.transformer.head.head.weight)  # start from the zero flow
-        self.average.load_state_dict(self.model.state_dict())
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.01
-        )
+            model = TextToLatents(net)
+        nn.init.zeros_(model.transformer.head.head.weight)  # start from the zero flow
+        super().__init__(cfg, model)
 
-    def step(self) -> float:
-        """Make one update and return the loss."""
-        batch = training_batch(self.cfg, self.step_count, self.codec, self.captions, self.world)
-        return update(self, flow_loss(self.model, batch))
+    def loss(self, role: str, batch: int) -> tuple[torch.Tensor, Record]:
+        """Return the `flow_loss` of the network `role` on training batch `batch`, a scalar."""
+        made = training_batch(self.cfg, batch, self.codec, self.captions, self.world)
+        loss = flow_loss(self.roles[role], made)
+        return loss, {"loss": loss.detach()[None]}
+
+    def settings(self) -> dict:
+        """Return the settings that a checkpoint must have been made with."""
+        return super().settings() | {"net": asdict(self.roles["model"].transformer.cfg)}
 
 # %% ../../nbs/tiny/03b_tiny_teacher.ipynb #69c7868b
-def checkpoint_tensors(trainer: TeacherTrainer) -> dict[str, torch.Tensor]:
-    """All that a training needs in order to go on, by name."""
-    tensors = {f"model.{k}": v for k, v in trainer.model.state_dict().items()}
-    tensors |= {f"average.{k}": v for k, v in trainer.average.state_dict().items()}
-    for i, moments in trainer.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
-    return tensors | {"step": torch.tensor(trainer.step_count)}
+def tiny_trainer(method: TinyMethod, folder: str | Path, steps: int) -> Trainer:
+    """Return a trainer of `method` that goes on to `steps` from the newest checkpoint in `folder`.
 
-
-def restore(trainer: TeacherTrainer, tensors: dict[str, torch.Tensor]) -> None:
-    """Put what `checkpoint_tensors` took back into `trainer`."""
-    part = lambda prefix: {
-        k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)
-    }
-    trainer.model.load_state_dict(part("model."))
-    trainer.average.load_state_dict(part("average."))
-    moments: dict[int, dict] = {}
-    for name, value in part("optimizer.").items():
-        i, key = name.split(".")
-        moments.setdefault(int(i), {})[key] = value
-    trainer.optimizer.load_state_dict({**trainer.optimizer.state_dict(), "state": moments})
-    trainer.step_count = int(tensors["step"])
-
-# %% ../../nbs/tiny/03b_tiny_teacher.ipynb #d3f14f6e
-def run_training(
-    trainer: TeacherTrainer, folder: str | Path, settings: str, label: str, progress: bool = True
-) -> None:
-    """Take all steps of `trainer` in `folder`, from its checkpoint if there is one.
-
-    Each is recorded in log.jsonl. `label` names the bar that `progress` shows. Raises ValueError
-    if the checkpoint has other `settings`.
+    Raises ValueError if the checkpoint was made with other settings.
     """
-    folder, cfg = Path(folder), trainer.cfg
-    checkpoint, log = folder / "checkpoint.safetensors", folder / "log.jsonl"
-    if checkpoint.exists():
-        tensors, metadata = load_tensors(checkpoint)
-        if metadata["settings"] != settings:
-            raise ValueError(
-                f"cfg: {checkpoint} was made with {metadata['settings']}, got {settings}"
-            )
-        restore(trainer, tensors)
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = log.read_text().splitlines()[: trainer.step_count] if log.exists() else []
-    # what was done after the checkpoint is done again
-    log.write_text("".join(line + "\n" for line in lines))
-    with log.open("a", buffering=1) as record:
-        for step in progress_bar(
-            range(trainer.step_count, cfg.steps),
-            label,
-            progress,
-            initial=trainer.step_count,
-            total=cfg.steps,
-        ):
-            record.write(
-                json.dumps({"step": step, "loss": trainer.step(), "lr": cfg.learning_rate(step)})
-                + "\n"
-            )
-            if trainer.step_count % cfg.save_every == 0 or trainer.step_count == cfg.steps:
-                save_tensors(checkpoint, checkpoint_tensors(trainer), {"settings": settings})
-
-
-def train_teacher(
-    cfg: TeacherConfig,
-    folder: str | Path,
-    codec: PCACodec | None = None,
-    net: WanConfig = WanConfig(),
-    progress: bool = True,
-) -> TeacherTrainer:
-    """Train a teacher in `folder`, or go on where it was interrupted."""
-    trainer = TeacherTrainer(cfg, codec or load_codec(data_path("tiny_codec.safetensors")), net)
-    run_training(
-        trainer,
-        folder,
-        json.dumps({"training": asdict(cfg), "net": asdict(net)}),
-        "teacher",
-        progress,
+    run = TrainConfig(
+        max_steps=steps,
+        ema=method.cfg.ema,
+        ema_warmup=10,  # a young EMA forgets faster, or the initial weights would stay for long
+        save_every=method.cfg.save_every,
+        keep=1,
+        max_skipped=1,
     )
+    trainer = Trainer(method, run, folder)
+    trainer.resume()
     return trainer
+
+
+def fit(method: TinyMethod, folder: str | Path, progress: bool = True) -> Trainer:
+    """Take all steps of `method` in `folder`, or those that are left; return the trainer.
+
+    `progress` shows a bar. Raises ValueError if the folder holds a training with other settings,
+    and FloatingPointError, with the weights untouched, if a loss is not finite.
+    """
+    trainer = tiny_trainer(method, folder, method.cfg.steps)
+    trainer.train(progress=progress)
+    return trainer
+
+
+def ema_model(trainer: Trainer) -> nn.Module:
+    """Return a copy of the network of a `TinyMethod`'s `trainer` that holds its EMA."""
+    with trainer.ema_weights("model") as model:
+        return copy.deepcopy(model)
 
 # %% ../../nbs/tiny/03b_tiny_teacher.ipynb #da3a0d25
 def tiny_codec(seed: int = 0, clips: int = 512) -> PCACodec:
@@ -306,7 +283,7 @@ class TinyTeacher:
         return euler_sample(net, noise, embeds, null, self.schedule, *settings)
 
 # %% ../../nbs/tiny/03b_tiny_teacher.ipynb #9df3a46d
-def save_teacher(path: str | Path, model: TextToLatents, training: Training) -> Path:
+def save_teacher(path: str | Path, model: TextToLatents, training: TinyTrainingConfig) -> Path:
     """Write `model` to `path` in float16, with its sizes and its `training` as metadata."""
     metadata = {
         "net": json.dumps(asdict(model.transformer.cfg)),
