@@ -9,7 +9,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from streamr1_ref.objective import METHODS
-from streamr1_ref.training.trainer import PRESETS, TrainConfig, Trainer, shard
+from streamr1_ref.training.distributed import shard
+from streamr1_ref.training.presets import PRESETS
+from streamr1_ref.training.trainer import TrainConfig, Trainer
 from streamr1_ref.transformer import WanConfig
 from streamr1_ref.wan.budget import (
     FIRST_EDITION,

@@ -22,6 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
+from ..objective import DistillationMethod
+from ..training.trainer import Trainer
+
 # %% auto #0
 __all__ = ['aten', 'VIEWS', 'ATTENTION', 'RMS_NORM', 'ROLLOUT_SETTINGS', 'QUESTION', 'FIRST_EDITION', 'ALLOWANCE', 'TYPED',
            'WHOLE', 'STEP_PHASES', 'tensors_in', 'without_values', 'Meter', 'FusedRMSNorm', 'gpu_attention',
@@ -38,12 +41,12 @@ __all__ = ['aten', 'VIEWS', 'ATTENTION', 'RMS_NORM', 'ROLLOUT_SETTINGS', 'QUESTI
 # %% ../../nbs/wan/15c_budget.ipynb #3c31aa1e
 from .. import objective, rollout
 from ..attention import block_sizes
-from ..cache import KVCache, make_cache
+from ..cache import make_cache
 from ..flow import FlowSchedule
-from ..objective import DistillationConfig, Distiller, Models, WeightingConfig
+from ..objective import DistillationConfig, Models, WeightingConfig
 from ..saliency import pixel_saliency
-from ..training.trainer import PRESETS
-from ..transformer import WanConfig, WanTransformer
+from ..training.presets import PRESETS
+from ..transformer import KVCache, WanConfig, WanTransformer
 from .build import PRESETS as PART_SIZES
 from streamr1_ref.wan.build import (
     Sizes,
@@ -358,7 +361,9 @@ def measure_rollout(
     """Cost of a rollout with `calls` denoising calls a block, and of its backward pass; weights are
     not counted.
     """
-    noise, _, embeds = clip_inputs(net.cfg, run.frames, run.batch, net.patch_embedding.weight.dtype)
+    noise, _, embeds = clip_inputs(
+        net.cfg, run.frames, run.micro_batch_size, net.patch_embedding.weight.dtype
+    )
     settings = {name: getattr(run, name) for name in ROLLOUT_SETTINGS}
     forget_gradients(net)
     grad, meter = torch.set_grad_enabled(training), Meter((*net.parameters(), noise, embeds))
@@ -398,13 +403,15 @@ def copied_past(cfg: WanConfig, run: DistillationConfig, number: int = 2) -> flo
     chapter 05 did.
     """
     rows, columns = (n // p for n, p in zip(cfg.latent_size, cfg.patch_size[1:]))
-    sizes, past, seen = block_sizes(run.frames, run.frames_per_block), 0, 0
+    sizes, past, seen = block_sizes(run.frames, run.sampler.frames_per_block), 0, 0
     for size in sizes:
         seen += (
-            past if run.cache.window_frames is None else min(past, run.cache.window_frames - size)
+            past
+            if run.sampler.cache.window_frames is None
+            else min(past, run.sampler.cache.window_frames - size)
         )
         past += size
-    return 2 * cfg.num_layers * run.batch * seen * rows * columns * cfg.dim * number
+    return 2 * cfg.num_layers * run.micro_batch_size * seen * rows * columns * cfg.dim * number
 
 # %% ../../nbs/wan/15c_budget.ipynb #fb081423
 QUESTION = [
@@ -551,12 +558,12 @@ def rollout_flops(
     training: bool = False,
     checkpointing: bool = True,
 ) -> float:
-    """Operations of a rollout of `run.batch` clips with `calls` denoising calls a block (default:
+    """Operations of a rollout of `run.micro_batch_size` clips with `calls` denoising calls a block (default:
     the mean).
 
     With `training` the exit calls' backward pass is included.
     """
-    calls = (1 + len(run.steps)) / 2 if calls is None else calls
+    calls = (1 + len(run.sampler.denoising_steps)) / 2 if calls is None else calls
     one, two = (rollout_cost(cfg, run, training=False, calls=n).flops for n in (1, 2))
     extra = (
         rollout_cost(cfg, run, training=True, checkpointing=checkpointing).flops - one
@@ -710,7 +717,9 @@ def critic_phases(s: PlanConfig, nets: Mapping[str, WanConfig]) -> dict[str, dic
     """Bytes by phase and part of the critic's update, on top of what is resident."""
     run, dtype = s.distillation, s.compute_dtype
     rolled = rollout_cost(nets["student"], run, dtype, False)
-    update = pass_cost(nets["critic"], run.frames, run.batch, dtype, True, s.checkpointing)
+    update = pass_cost(
+        nets["critic"], run.frames, run.micro_batch_size, dtype, True, s.checkpointing
+    )
     whole = lambda role, backward=False: (
         gathered_bytes(nets[role], dtype.itemsize, backward) if s.sharded else 0.0
     )
@@ -736,13 +745,17 @@ def reward_costs(s: PlanConfig, nets: Mapping[str, WanConfig]) -> tuple[Cost, Co
     """
     run, dtype = s.distillation, s.compute_dtype
     decoded = codec_cost(
-        json.dumps(s.parts.vae), run.frames, nets["student"].latent_size, run.batch, dtype
+        json.dumps(s.parts.vae),
+        run.frames,
+        nets["student"].latent_size,
+        run.micro_batch_size,
+        dtype,
     )
     return decoded, judge_cost(
         s.parts,
         1 + 4 * (run.frames - 1),
         tuple(s.resolution),
-        run.batch,
+        run.micro_batch_size,
         dtype,
         s.reward_checkpointing,
         s.weighting.needs_saliency,
@@ -763,7 +776,7 @@ def student_phases(s: PlanConfig, nets: Mapping[str, WanConfig]) -> dict[str, di
         return left | parts | {"gathered layers": whole}
 
     cache = {"keys and values": rolled.store, "view": rolled.view}
-    passes = {role: pass_cost(nets[role], run.frames, run.batch, dtype) for role in nets}
+    passes = {role: pass_cost(nets[role], run.frames, run.micro_batch_size, dtype) for role in nets}
     scored = [phase({"layer at work": passes[role].peak}, role) for role in ("teacher", "critic")]
     found = {"student: rollout": phase(cache | {"layer at work": rolled.forward}, "student")}
     found["student: scores"] = max(scored, key=lambda parts: sum(parts.values()))
@@ -821,11 +834,11 @@ def step_flops(s: PlanConfig, nets: Mapping[str, WanConfig]) -> dict[str, float]
     """Operations of one step over all GPUs, by part."""
     run, frames, dtype = s.distillation, s.distillation.frames, s.compute_dtype
     of = lambda role, training=False: pass_cost(
-        nets[role], frames, run.batch, dtype, training, s.checkpointing or not training
+        nets[role], frames, run.micro_batch_size, dtype, training, s.checkpointing or not training
     )
     rolled = rollout_flops(nets["student"], run)
     trained = rollout_flops(nets["student"], run, training=True, checkpointing=s.checkpointing)
-    prompts = 0 if s.text_ready else run.batch * (run.critic_steps + 1)
+    prompts = 0 if s.text_ready else run.micro_batch_size * (run.critic_steps + 1)
     each = {
         "student": run.critic_steps * rolled + trained,
         "critic": run.critic_steps * of("critic", True).flops + of("critic").flops,
@@ -975,7 +988,9 @@ def cheapest(s: PlanConfig, available: float, most: int = 4) -> PlanConfig | Non
             if not {"gpus", "critic"} & set(c) and c != {"offload": (*s.offload, "text encoder")}
         ],
     )
-    for frames in range(run.frames - run.frames_per_block, 0, -run.frames_per_block):
+    for frames in range(
+        run.frames - run.sampler.frames_per_block, 0, -run.sampler.frames_per_block
+    ):
         for base in (s, slim):
             candidate = replace(base, distillation=replace(run, frames=frames))
             if plan(candidate).peak <= available:
@@ -1118,11 +1133,11 @@ class PhaseNotes:
         return noted
 
     def of_update(self, update: Callable) -> Callable:
-        "`Distiller.update`, whose phases get the name of the network that it updates."
+        "`Trainer.update`, whose phases get the name of the role that it updates."
 
-        def named(distiller: Distiller, net: torch.nn.Module, *args, **kwargs):
-            self.update = "critic" if net is distiller.models.critic else "student"
-            return update(distiller, net, *args, **kwargs)
+        def named(trainer: Trainer, role: str, *args, **kwargs):
+            self.update = role
+            return update(trainer, role, *args, **kwargs)
 
         return named
 
@@ -1161,15 +1176,18 @@ def metered_step(
     known = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     with gpu_kernels(), Meter(known, device) as meter, ExitStack() as patches:
         notes = PhaseNotes(meter)
-        distiller = Distiller(models, ["a red fox runs over snow"] * 64, weighting, run)
+        prompts = ["a red fox runs over snow"] * 64
+        trainer = Trainer(DistillationMethod(models, prompts, weighting, run))
+        trainer.ema.clear()  # neither EMA nor moments belong to a step's own memory
         for owner, name, phase in (*STEP_PHASES, (models.codec, "decode", "decode")):
             noted = notes.wrap(getattr(owner, name), phase)
             patches.enter_context(mock.patch.object(owner, name, noted))
-        for optimizer in (distiller.student_optimizer, distiller.critic_optimizer):
+        for optimizer in trainer.optimizers.values():
+            optimizer.state.clear()
             optimizer.step = notes.wrap(optimizer.step, "optimizer")
-        named = notes.of_update(Distiller.update)
-        patches.enter_context(mock.patch.object(Distiller, "update", named))
-        distiller.step()
+        named = notes.of_update(Trainer.update)
+        patches.enter_context(mock.patch.object(Trainer, "update", named))
+        trainer.step()
     return notes.rows
 
 # %% ../../nbs/wan/15c_budget.ipynb #a9af24e8
@@ -1231,7 +1249,10 @@ def changes_since_first_edition(s: PlanConfig) -> list[dict]:
     student, run, dtype = resolved(s)["student"], s.distillation, s.compute_dtype
     clip = (1 + 4 * (run.frames - 1), tuple(s.resolution))
     rolled, gib = rollout_cost(student, run, dtype), 2**30
-    judged = [judge_cost(s.parts, *clip, run.batch, dtype, on).kept / gib for on in (False, True)]
+    judged = [
+        judge_cost(s.parts, *clip, run.micro_batch_size, dtype, on).kept / gib
+        for on in (False, True)
+    ]
     trained = 4 * num_parameters(student) / gib
     teacher = num_parameters(resolved(s)["teacher"]) / gib
     text = dtype.itemsize * frozen_parameters(s.parts)["text encoder"] / 1e9

@@ -25,7 +25,8 @@ from ..objective import Models
 from ..pipeline import StreamR1Pipeline
 from ..ports import RewardModel
 from ..rollout import StreamSampler
-from ..training.trainer import PRESETS, WAN_NEGATIVE_PROMPT, TrainConfig, local
+from ..training.distributed import local
+from ..training.presets import PRESETS, WAN_NEGATIVE_PROMPT, RunConfig
 from streamr1_ref.transformer import (
     WanConfig,
     WanTransformer,
@@ -703,10 +704,10 @@ REASONS = {
 }
 
 
-def in_published_terms(cfg: TrainConfig, teacher: str, critic: str | None) -> dict:
+def in_published_terms(cfg: RunConfig, teacher: str, critic: str | None) -> dict:
     """A preset's settings under the names of the published configuration files, for 8 GPUs."""
     d, w, net, schedule = cfg.distillation, cfg.weighting, SIZES["1.3B"], FlowSchedule()
-    accumulate, window = d.micro_batches // 8, d.cache.window_frames
+    accumulate, window = d.micro_batches // 8, d.sampler.cache.window_frames
     unit = (
         accumulate if window else 1
     )  # Self Forcing counts updates of the critic, the others micro-steps
@@ -715,7 +716,7 @@ def in_published_terms(cfg: TrainConfig, teacher: str, critic: str | None) -> di
         "generator_ckpt": "ode_init.pt",
         "real_name": f"Wan2.1-T2V-{teacher}",
         "fake_name": f"Wan2.1-T2V-{critic or teacher}",
-        "denoising_step_list": list(d.steps),
+        "denoising_step_list": list(d.sampler.denoising_steps),
         "num_train_timestep": schedule.num_train_timesteps,
         "timestep_shift": schedule.shift,
         "guidance_scale": d.guidance,
@@ -725,22 +726,22 @@ def in_published_terms(cfg: TrainConfig, teacher: str, critic: str | None) -> di
         "beta1": d.betas[0],
         "beta2": d.betas[1],
         "data_path": "vidprom_filtered_extended.txt",
-        "batch_size": d.batch,
-        "clips of an update": d.batch * d.micro_batches,
+        "batch_size": d.micro_batch_size,
+        "clips of an update": d.micro_batch_size * d.micro_batches,
         "ema_weight": cfg.ema,
         "ema_start_step": cfg.ema_start * d.critic_steps * unit,
         "negative_prompt": d.negative_prompt,
         "dfake_gen_update_ratio": d.critic_steps,
         "gradient_checkpointing": cfg.checkpointing,
         "seed": d.seed,
-        "image_or_video_shape": [d.batch, d.frames, net.in_channels, *net.latent_size],
-        "num_frame_per_block": d.frames_per_block,
+        "image_or_video_shape": [d.micro_batch_size, d.frames, net.in_channels, *net.latent_size],
+        "num_frame_per_block": d.sampler.frames_per_block,
         "sharding_strategy": "full",
         "local_attn_size": window or -1,
-        "sink_size": d.cache.num_sink,
+        "sink_size": d.sampler.cache.num_sink,
         "gradient_accumulation_steps": accumulate,
         "beta": w.beta,
-        "full_training_steps": cfg.steps * d.critic_steps,
+        "full_training_steps": cfg.max_steps * d.critic_steps,
         "reward_mode": mode,
         "log_iters": cfg.save_every * d.critic_steps,
         "spatial_reward_pixel_grad": w.saliency == "published",
