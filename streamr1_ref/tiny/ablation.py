@@ -119,7 +119,7 @@ def measure_drift(pipe: StreamR1Pipeline, cfg: AblationConfig, seed: int) -> dic
     row = {f"{name}, last 5 s - first": value.mean().item() for name, value in change.items()}
     return row | {"similarity, last 5 s": similarity(last, first).mean().item()}
 
-
+# %% ../../nbs/tiny/16_ablation.ipynb #8f36e3da
 def measure(
     pipe: StreamR1Pipeline, reward: RewardModel, cfg: AblationConfig, seed: int
 ) -> dict[str, float]:
