@@ -52,7 +52,7 @@ from ..tiny.metrics import Oracle
 from ..tiny.models import tiny_models
 from streamr1_ref.tiny.reward import (
     RewardConfig,
-    RewardTrainer,
+    RewardMethod,
     calibrate,
     load_reward,
     pair_accuracy,
@@ -60,7 +60,7 @@ from streamr1_ref.tiny.reward import (
 )
 from streamr1_ref.tiny.student import (
     StudentConfig,
-    StudentTrainer,
+    StudentMethod,
     drift,
     load_ode_pairs,
     load_student,
@@ -69,13 +69,14 @@ from streamr1_ref.tiny.student import (
 )
 from streamr1_ref.tiny.teacher import (
     TeacherConfig,
+    TeacherMethod,
     codec_floor,
+    ema_model,
     evaluate_teacher,
+    fit,
     load_teacher,
-    run_training,
     save_teacher,
     tiny_codec,
-    train_teacher,
 )
 from ..tiny.world import caption_split, mixed_clips, sample_clips
 from ..training.distributed import all_or_none, barrier, in_turn, shard, start_processes
@@ -1065,15 +1066,11 @@ def train_codec(out: str = "data_samples", seed: int = 0, clips: int = 512) -> N
 
 
 def thin_log(lines: list[str], every: int = 50) -> list[dict]:
-    """One record per `every` steps of a log of JSON lines: last step, mean loss, last learning rate."""
+    """One record per `every` steps of a log of JSON lines: last step and mean loss."""
     rows = [json.loads(line) for line in lines]
     groups = [rows[i : i + every] for i in range(0, len(rows), every)]
     return [
-        {
-            "step": g[-1]["step"],
-            "loss": round(sum(r["loss"] for r in g) / len(g), 5),
-            "lr": g[-1]["lr"],
-        }
+        {"step": g[-1]["step"], "loss": round(sum(r["loss"] for r in g) / len(g), 5)}
         for g in groups
     ]
 
@@ -1089,14 +1086,15 @@ def train_teacher_command(
     Args:
         training: Settings of the training.
         net: Sizes of the network.
-        run: Folder for checkpoint.safetensors and log.jsonl.
+        run: Folder for checkpoints and log.jsonl.
         out: Folder for tiny_teacher.safetensors and tiny_teacher_log.jsonl once the training is complete.
     """
     folder, target = writable_folder(run), writable_folder(out)
-    trainer = train_teacher(training, folder, net=net)
+    codec = load_codec(data_path("tiny_codec.safetensors"))
+    model = ema_model(fit(TeacherMethod(training, codec, net), folder))
     records = thin_log((folder / "log.jsonl").read_text().splitlines())
     (target / "tiny_teacher_log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    print("wrote", save_teacher(target / "tiny_teacher.safetensors", trainer.average, training))
+    print("wrote", save_teacher(target / "tiny_teacher.safetensors", model, training))
 
 # %% ../../nbs/cli/cli.ipynb #a5309841
 def evaluate_teacher_command(
@@ -1123,7 +1121,7 @@ def evaluate_teacher_command(
     }
     rows["real, mixed, through codec"] = codec_floor(model.codec, captions, seed)
     rows["real, clean, through codec"] = codec_floor(
-        model.codec, captions, seed, degraded=0.0, draws=1
+        model.codec, captions, seed, corrupted=0.0, draws=1
     )
     rounded = {name: {k: round(v, 4) for k, v in row.items()} for name, row in rows.items()}
     report = {
@@ -1147,7 +1145,7 @@ def make_pairs(
         out: Folder for part*.safetensors.
         count: Number of paths.
         batch: Paths per file.
-        seed: Of sentences and noise.
+        seed: Of captions and noise.
     """
     make_ode_pairs(load_teacher(), writable_folder(out), count, batch, seed)
     print(f"wrote {len(load_ode_pairs(out)[1])} paths to {out}")
@@ -1165,16 +1163,16 @@ def initialise_student(
     Args:
         training: Settings of the training.
         pairs: Folder of `streamr1 make-pairs`.
-        run: Folder for checkpoint.safetensors and log.jsonl.
+        run: Folder for checkpoints and log.jsonl.
         out: Folder for the weights and a thinned log once the training is complete.
         name: Of those files; the shipped tiny_start is from --training.steps 100.
     """
     folder, target = writable_folder(run), writable_folder(out)
-    trainer = StudentTrainer(training, load_teacher(), *load_ode_pairs(pairs))
-    run_training(trainer, folder, json.dumps({"training": asdict(training)}), "student")
+    method = StudentMethod(training, load_teacher(), *load_ode_pairs(pairs))
+    model = ema_model(fit(method, folder))
     records = thin_log((folder / "log.jsonl").read_text().splitlines(), every=20)
     (target / f"{name}_log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    print("wrote", save_teacher(target / f"{name}.safetensors", trainer.average, training))
+    print("wrote", save_teacher(target / f"{name}.safetensors", model, training))
 
 # %% ../../nbs/cli/cli.ipynb #81474a97
 def evaluate_student(
@@ -1227,7 +1225,7 @@ def train_reward(
 
     Args:
         training: Settings of the training.
-        run: Folder for checkpoint.safetensors and log.jsonl.
+        run: Folder for checkpoints and log.jsonl.
         out: Folder for tiny_reward.safetensors and tiny_reward_log.jsonl once the training is complete.
     """
     folder, target, codec = (
@@ -1235,11 +1233,10 @@ def train_reward(
         writable_folder(out),
         load_codec(data_path("tiny_codec.safetensors")),
     )
-    trainer = RewardTrainer(training, codec)
-    run_training(trainer, folder, json.dumps({"training": asdict(training)}), "reward")
+    trained = ema_model(fit(RewardMethod(training, codec), folder))
     records = thin_log((folder / "log.jsonl").read_text().splitlines(), every=20)
     (target / "tiny_reward_log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    model = calibrate(trainer.average, codec)
+    model = calibrate(trained, codec)
     print(
         "held-out pairs ordered right:",
         {axis: round(share, 4) for axis, share in pair_accuracy(model, codec).items()},
