@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative_error
-from notebooks import NBS, ROOT, notebooks
 
+from notebooks import NBS, ROOT, notebooks
 from streamr1_ref.cache import CacheConfig, make_cache
 from streamr1_ref.dmd import guided, score_timesteps
 from streamr1_ref.flow import FlowSchedule, apply_guidance

@@ -18,13 +18,13 @@ import torch
 import tyro
 from PIL import Image, ImageChops
 
-from streamr1_ref.cli import main as cli
+from streamr1_ref.cli.main import main as cli
 from streamr1_ref.objective import DistillationConfig, Distiller
 from streamr1_ref.tiny.models import tiny_models
 from streamr1_ref.tiny.world import caption_split
 from streamr1_ref.training import trainer as train
 from streamr1_ref.training.trainer import PRESETS, Trainer, newest, start_processes
-from streamr1_ref.wan.checkpoints import compile_blocks
+from streamr1_ref.wan.build import compile_blocks
 
 SMALL = [
     "--save-every",
@@ -495,7 +495,7 @@ def test_tensorboard_gets_every_step_once(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_found_before_training(tmp_path, monkeypatch):
-    from streamr1_ref.cli import main as cli
+    from streamr1_ref.cli.main import main as cli
     from streamr1_ref.utils import files
 
     usage = type("Usage", (), {"free": 1_000_000})

@@ -16,13 +16,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast, Qwen2VLModel
 
-from streamr1_ref.cli import main as cli
+from streamr1_ref.cli.main import main as cli
 from streamr1_ref.training.trainer import PRESETS
 from streamr1_ref.transformer import WanTransformer
 from streamr1_ref.utils.files import load_tensors, save_tensors
 from streamr1_ref.utils.video import read_mp4
-from streamr1_ref.wan.build import SMALL, random_codec, random_reward, random_text
-from streamr1_ref.wan.checkpoints import PromptFile, UMT5Text, wan_models, word_tokenizer
+from streamr1_ref.wan.build import SMALL, random_codec, random_reward, random_text, wan_models
+from streamr1_ref.wan.text import PromptFile, UMT5Text, word_tokenizer
 from streamr1_ref.wan.video_reward import (
     OWN_WORDING,
     REWARD_TOKENS,

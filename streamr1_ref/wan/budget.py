@@ -47,7 +47,7 @@ from ..transformer import WanConfig, WanTransformer
 from .build import PRESETS as PART_SIZES
 from streamr1_ref.wan.build import (
     Sizes,
-    count,
+    count_parameters,
     random_codec,
     random_models,
     random_reward,
@@ -260,7 +260,7 @@ def meta_network(
 @measured_once
 def num_parameters(cfg: WanConfig) -> int:
     """Parameters of the transformer, counted without making it."""
-    return count(meta_network(cfg))
+    return count_parameters(meta_network(cfg))
 
 # %% ../../nbs/wan/15c_budget.ipynb #124d551c
 def clip_inputs(
@@ -843,9 +843,9 @@ def step_flops(s: PlanConfig, nets: Mapping[str, WanConfig]) -> dict[str, float]
 def frozen_parameters(parts: Sizes) -> dict[str, int]:
     """Parameters of text encoder, reward model and VAE, counted on the meta device."""
     return {
-        "text encoder": count(random_text(parts, "meta").model),
-        "reward model": count(random_reward(parts, "meta")),
-        "VAE": count(random_codec(parts, "meta").vae),
+        "text encoder": count_parameters(random_text(parts, "meta").model),
+        "reward model": count_parameters(random_reward(parts, "meta")),
+        "VAE": count_parameters(random_codec(parts, "meta").vae),
     }
 
 
