@@ -39,10 +39,10 @@ COMMON = {  # of all three runs
 WINDOWED = {"local_attn_size": 9, "sink_size": 3, "gradient_accumulation_steps": 8, "beta": 2.0}
 # settings that a preset does not have, and what takes their place
 ARGUMENTS = {
-    "generator_ckpt": ("ode_init.pt", "--student FILE; weights/ode-init by default"),
+    "generator_ckpt": ("ode_init.pt", "--student FILE"),
     "data_path": ("vidprom_filtered_extended.txt", "--data FILE"),
-    "mixed_precision": (True, "bfloat16 on a GPU (default_dtype)"),
-    "sharding_strategy": ("hybrid_full", "over all processes: less memory, more traffic"),
+    "mixed_precision": (True, "bfloat16 on a GPU"),
+    "sharding_strategy": ("hybrid_full", "over all processes"),
 }
 
 # %% ../../nbs/wan/published_runs.ipynb #2134520e
