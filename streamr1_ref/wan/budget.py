@@ -397,9 +397,9 @@ def shallow_rollout(
     checkpointing: bool,
     calls: int,
 ) -> RolloutCost:
-    """What `measure_rollout` finds for all layers of `cfg`, remembered; `cfg` has one or two.
+    """What `measure_rollout` finds for all layers of `cfg`, which has one or two, remembered.
 
-    The other arguments are those of `rollout_cost`.
+    `run`, `dtype`, `training`, `checkpointing` and `calls` are those of `rollout_cost`.
     """
     net = meta_network(cfg, dtype, checkpointing=checkpointing)
     return measure_rollout(net, run, training, calls)

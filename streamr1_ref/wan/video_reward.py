@@ -342,8 +342,7 @@ def vision_rotary(
 def vision_layer(
     block: nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
-    """The output [pairs, h·w, width] of one `block` of Qwen2-VL's vision tower for all pairs of
-    frames at once.
+    """The output [pairs, h·w, width] of a `block` of Qwen2-VL's vision tower for all pairs of frames.
 
     The input `x` [pairs, h·w, width] is turned by `cos` and `sin` [h·w, head_dim]. Equal to the
     library's layer, whose attention is called once for every pair of frames.
@@ -535,8 +534,9 @@ class VideoReward(QwenStates):
         return self.question.tokens(prompts, video_tokens)
 
     def to_patches(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Patches [B·t·h·w, 1176] of `pixels` [B,T,3,H,W] in the order of 2 x 2 blocks, and their
-        grid [B,3].
+        """Patches [B·t·h·w, 1176] of `pixels` [B,T,3,H,W], and their grid [B,3].
+
+        They are in the order of 2 x 2 blocks.
         """
         return video_patches(check_range(pixels), self.size, how=self.reward_input)
 
