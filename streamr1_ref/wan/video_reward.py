@@ -342,7 +342,7 @@ def vision_rotary(
 def vision_layer(
     block: nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
-    """The output [pairs, h·w, width] of a `block` of Qwen2-VL's vision tower for all pairs of frames.
+    """The output [pairs, h·w, width] of a `block` of the vision tower for all pairs of frames.
 
     The input `x` [pairs, h·w, width] is turned by `cos` and `sin` [h·w, head_dim]. Equal to the
     library's layer, whose attention is called once for every pair of frames.
