@@ -40,7 +40,7 @@ __all__ = ['aten', 'VIEWS', 'ATTENTION', 'RMS_NORM', 'ROLLOUT_SETTINGS', 'QUESTI
 # %% ../../nbs/wan/15c_budget.ipynb #3c31aa1e
 from .. import objective, rollout
 from ..attention import block_sizes
-from ..cache import KVCache, make_cache
+from ..cache import WindowKVCache, make_cache
 from ..flow import FlowSchedule
 from ..objective import DistillationConfig, Distiller, Models, WeightingConfig
 from ..saliency import pixel_saliency
@@ -1227,13 +1227,13 @@ def copied_inputs(cfg: WanConfig, run: DistillationConfig) -> float:
 
     A reproduction, for a network of the sizes `cfg`.
     """
-    inner = KVCache.past
+    inner = WindowKVCache.past
 
-    def copied(cache: KVCache, layer: int) -> list:
+    def copied(cache: WindowKVCache, layer: int) -> list:
         return [piece.clone() for piece in inner(cache, layer)]
 
     nets = [meta_network(cfg, layers=n, checkpointing=True) for n in (1, 2)]
-    with mock.patch.object(KVCache, "past", copied):
+    with mock.patch.object(WindowKVCache, "past", copied):
         one, two = (measure_rollout(net, run).inputs for net in nets)
     return layered(one, two, cfg.num_layers)
 
