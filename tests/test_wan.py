@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast, Qwen2VLModel
 
 from streamr1_ref.cli import main as cli
+from streamr1_ref.reward import AXES
 from streamr1_ref.training.trainer import PRESETS
 from streamr1_ref.transformer import WanTransformer
 from streamr1_ref.utils.files import load_tensors, save_tensors
@@ -55,21 +56,13 @@ def downloads(tmp_path_factory):
     qwen.resize_token_embeddings(len(judge) + len(REWARD_TOKENS))
     checkpoint = folder / "reward" / "checkpoint-7"
     checkpoint.mkdir(parents=True)
-    weights = {
-        f"model.{n.removeprefix('language_model.')}"
-        if n.startswith("language_model.")
-        else n: t.clone()
-        for n, t in qwen.state_dict().items()
-    }
-    torch.save(weights | {"rm_head.weight": torch.randn(3, 32)}, checkpoint / "model.pth")
-    inference = {
-        f"{axis}_{kind}": value
-        for axis in ("VQ", "MQ", "TA")
-        for kind, value in (("mean", 0.1), ("std", 2.0))
-    }
-    (folder / "reward" / "model_config.json").write_text(
-        json.dumps({"inference_config": inference})
-    )
+    weights = {"rm_head.weight": torch.randn(3, 32)}
+    for name, tensor in qwen.state_dict().items():
+        weights[re.sub("^language_model", "model", name)] = tensor.clone()
+    torch.save(weights, checkpoint / "model.pth")
+    inference = {f"{axis}_mean": 0.1 for axis in AXES} | {f"{axis}_std": 2.0 for axis in AXES}
+    config = json.dumps({"inference_config": inference})
+    (folder / "reward" / "model_config.json").write_text(config)
     (folder / "template.txt").write_text(OWN_WORDING.replace("\n", " "))
     (folder / "prompts.txt").write_text("a red fox\na fox runs over snow\n")
     return folder
@@ -77,15 +70,8 @@ def downloads(tmp_path_factory):
 
 def wan_run(folder, out, **changes):
     preset = PRESETS["wan-1.3b"]
-    small = replace(
-        preset.distillation,
-        frames=3,
-        micro_batches=1,
-        exit_group=1,
-        critic_steps=1,
-        student_lr=1e-4,
-        critic_lr=1e-4,
-    )
+    quick = {"frames": 3, "micro_batches": 1, "exit_group": 1, "critic_steps": 1}
+    small = replace(preset.distillation, **quick, student_lr=1e-4, critic_lr=1e-4)
     settings = vars(preset) | {"steps": 2, "save_every": 1, "distillation": small} | changes
     return cli.WanRun(
         **{
@@ -113,31 +99,39 @@ def paths(folder):
     }
 
 
+def records_of(folder):
+    """The rows of a run's log."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def check_trained(folder, downloads):
+    """The student of a run, which has the tensors of the one it began with, and other values."""
+    trained = load_tensors(folder / "student.safetensors")[0]
+    start = load_tensors(downloads / "student.safetensors")[0]
+    assert trained.keys() == start.keys()
+    assert any(not torch.equal(trained[name], start[name]) for name in start)
+    return trained
+
+
+def embeddings_in(folder):
+    return len(list(folder.rglob("*.safetensors")))
+
+
+@pytest.mark.slow
 def test_the_command_trains_with_every_real_component(downloads, tmp_path):
     cli.train(wan_run(downloads, tmp_path))
-    records = [
-        json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()
-    ]
+    records = records_of(tmp_path / "run")
     assert [r["step"] for r in records] == [1, 2] and not any("skipped" in r for r in records)
-    assert all(
-        math.isfinite(r[name])
-        for r in records
-        for name in ("loss", "critic", "VQ", "MQ", "TA", "norm", "weight")
-    )
-    trained, start = (
-        load_tensors(tmp_path / "run" / "student.safetensors")[0],
-        load_tensors(downloads / "student.safetensors")[0],
-    )
-    assert trained.keys() == start.keys() and any(
-        not torch.equal(trained[n], start[n]) for n in start
-    )
-    assert (
-        len(list((tmp_path / "text").rglob("*.safetensors"))) == 3
-    )  # two prompts and the empty one
+    for record in records:
+        for name in ("loss", "critic", *AXES, "norm", "weight"):
+            assert math.isfinite(record[name])
+    check_trained(tmp_path / "run", downloads)
+    assert embeddings_in(tmp_path / "text") == 3  # two prompts and the empty one
     cli.train(wan_run(downloads, tmp_path, steps=3, resume=True))
-    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 3
+    assert len(records_of(tmp_path / "run")) == 3
 
 
+@pytest.mark.slow
 def test_processes_mixed_precision_recomputing_and_offloading(downloads, tmp_path):
     """The command as on a node with two GPUs.
 
@@ -158,48 +152,21 @@ def test_processes_mixed_precision_recomputing_and_offloading(downloads, tmp_pat
         "distillation.exit-group": 2,
         "distillation.critic-steps": 1,
     }
-    flags = [
-        part
-        for name, value in given.items()
-        for part in (f"--{name.replace('_', '-')}", *str(value).split())
-    ]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "-m",
-            "streamr1_ref.cli.main",
-            "train",
-            "wan-1.3b",
-            *flags,
-            "--offload",
-            "teacher",
-            "text encoder",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
-    )
+    flags = ["--offload", "teacher", "text encoder"]
+    for name, value in given.items():
+        flags += [f"--{name.replace('_', '-')}", *str(value).split()]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node", "2", "-m", "streamr1_ref.cli.main", "train", "wan-1.3b"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    settings = {"capture_output": True, "text": True, "timeout": 300, "env": env}
+    done = subprocess.run([*launcher, *flags], **settings)
     assert done.returncode == 0, done.stderr[-3000:]
-    record = json.loads((tmp_path / "run" / "log.jsonl").read_text())
-    assert "skipped" not in record and all(
-        math.isfinite(record[name]) for name in ("loss", "critic", "VQ", "MQ", "TA", "norm")
-    )
-    trained, start = (
-        load_tensors(tmp_path / "run" / "student.safetensors")[0],
-        load_tensors(downloads / "student.safetensors")[0],
-    )
-    assert {t.dtype for t in trained.values()} == {torch.float32} and any(
-        not torch.equal(trained[n], start[n]) for n in start
-    )
-    assert (
-        len(list((tmp_path / "run" / "text").rglob("*.safetensors"))) == 3
-    )  # an offloaded text encoder has a cache
+    (record,) = records_of(tmp_path / "run")
+    assert "skipped" not in record
+    assert all(math.isfinite(record[name]) for name in ("loss", "critic", *AXES, "norm"))
+    trained = check_trained(tmp_path / "run", downloads)
+    assert {t.dtype for t in trained.values()} == {torch.float32}
+    assert embeddings_in(tmp_path / "run" / "text") == 3  # an offloaded text encoder has a cache
 
 
 def test_missing_files_are_named_all_at_once_before_any_work(downloads, tmp_path):
@@ -238,6 +205,7 @@ def test_wrong_sizes_are_refused(downloads, tmp_path):
         cli.train(wan_run(downloads, tmp_path, resolution=(30, 48)))
 
 
+@pytest.mark.slow
 def test_too_little_gpu_memory_is_refused_with_the_plans_figures(downloads, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "gpu_memory", lambda: 1e5)
     with pytest.raises(
@@ -419,6 +387,7 @@ def wan_video(folder, **changes):
     )
 
 
+@pytest.mark.slow
 def test_the_command_generates_from_a_checkpoint(downloads, tmp_path):
     cli.generate(
         "wan-1.3b",
@@ -433,109 +402,68 @@ def test_the_command_generates_from_a_checkpoint(downloads, tmp_path):
     assert [m["file"] for m in made] == [
         f"{p}-{k}.mp4" for p in ("a red fox", "a fox runs over snow") for k in (0, 1)
     ]
-    assert {name: made[0][name] for name in ("seed", "frames", "steps", "dtype")} == {
-        "seed": 0,
-        "frames": 8,
-        "steps": [1000, 750, 500, 250],
-        "dtype": "float32",
-    }
-    assert json.loads((tmp_path / "prompts.json").read_text()) == {
-        m["file"]: m["prompt"] for m in made
-    }
-    clip, fps = read_mp4(tmp_path / made[1]["file"])
-    assert (
-        clip.shape == (8, 3, 32, 48)
-        and fps == 16
-        and not torch.equal(clip, read_mp4(tmp_path / made[0]["file"])[0])
-    )
-    cli.score(
-        str(tmp_path),
-        str(downloads / "reward"),
-        str(downloads / "qwen"),
-        str(downloads / "template.txt"),
-        (28, 56),
-    )
+    noted = {"seed": 0, "frames": 8, "steps": [1000, 750, 500, 250], "dtype": "float32"}
+    assert {name: made[0][name] for name in noted} == noted
+    by_file = {m["file"]: m["prompt"] for m in made}
+    assert json.loads((tmp_path / "prompts.json").read_text()) == by_file
+    (first, _), (clip, fps) = (read_mp4(tmp_path / m["file"]) for m in made[:2])
+    assert clip.shape == (8, 3, 32, 48) and fps == 16 and not torch.equal(clip, first)
+    files = [str(downloads / name) for name in ("reward", "qwen", "template.txt")]
+    cli.score(str(tmp_path), *files, (28, 56))
     rows = list(csv.DictReader((tmp_path / "scores.csv").open()))
-    assert [r["file"] for r in rows] == [m["file"] for m in made] and all(
-        math.isfinite(float(r["overall"])) for r in rows
-    )
-    seen = {
-        name: rows[0][f"input_{name}"]
-        for name in ("odd_frame", "clamp", "eight_bits", "own_wording", "chat")
-    }
-    assert seen == {
-        "odd_frame": "drop",
-        "clamp": "True",
-        "eight_bits": "floor",
-        "own_wording": "False",
-        "chat": "False",
-    }
-    cli.score(
-        str(tmp_path),
-        str(downloads / "reward"),
-        str(downloads / "qwen"),
-        str(downloads / "template.txt"),
-        sampling="offline",
-        out=str(tmp_path / "offline.csv"),
-    )
+    assert [row["file"] for row in rows] == list(by_file)
+    assert all(math.isfinite(float(row["overall"])) for row in rows)
+    seen = {"odd_frame": "drop", "clamp": "True", "eight_bits": "floor"}
+    seen |= {"own_wording": "False", "chat": "False"}
+    assert {name: rows[0][f"input_{name}"] for name in seen} == seen
+    cli.score(str(tmp_path), *files, sampling="offline", out=str(tmp_path / "offline.csv"))
     offline = list(csv.DictReader((tmp_path / "offline.csv").open()))
-    assert offline[0]["input_eight_bits"] == "round" and offline[0]["input_frames"].endswith(
-        "of 8, 2 a second"
-    )
+    assert offline[0]["input_eight_bits"] == "round"
+    assert offline[0]["input_frames"].endswith("of 8, 2 a second")
 
 
+@pytest.mark.slow
 def test_a_released_checkpoint_generates_what_its_ema_does(downloads, tmp_path):
     """generator_ema behind wrappers, beside other networks: the published layout.
 
     The wrappers are those of FSDP, checkpointing and the model class.
     """
     weights = load_tensors(downloads / "student.safetensors")[0]
-    torch.save(
-        {
-            "generator": {f"model.{n}": t + 1 for n, t in weights.items()},
-            "step": 3,
-            "generator_ema": {
-                "model._fsdp_wrapped_module."
-                + re.sub(r"^(blocks\.\d+)\.", r"\1._checkpoint_wrapped_module.", n): t
-                for n, t in weights.items()
-            },
-        },
-        tmp_path / "model.pt",
-    )
-    plain, released = (
-        wan_video(downloads, checkpoint=str(path)).load()
-        for path in (downloads / "student.safetensors", tmp_path / "model.pt")
-    )
+    trained, ema = {f"model.{name}": t + 1 for name, t in weights.items()}, {}
+    for name, tensor in weights.items():
+        inside = re.sub(r"^(blocks\.\d+)\.", r"\1._checkpoint_wrapped_module.", name)
+        ema[f"model._fsdp_wrapped_module.{inside}"] = tensor
+    file = tmp_path / "model.pt"
+    torch.save({"generator": trained, "step": 3, "generator_ema": ema}, file)
+    plain = wan_video(downloads).load()
+    released = wan_video(downloads, checkpoint=str(file)).load()
     for name, weight in plain.sampler.net.state_dict().items():
         assert torch.equal(weight, released.sampler.net.state_dict()[name])
-    assert torch.allclose(
-        plain("a red fox", 0.3), released("a red fox", 0.3), atol=1e-5
-    )  # where a file is mapped in memory decides the last bit
+    # where a file is mapped in memory decides the last bit
+    assert torch.allclose(plain("a red fox", 0.3), released("a red fox", 0.3), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_layers_stream_the_same_video(downloads):
     plain, compiled = (wan_video(downloads, compile=parts).load() for parts in ((), ("network",)))
-    expected, made = (
-        pipe("a red fox", 2.0, seed=3) for pipe in (plain, compiled)
-    )  # five blocks: all visible lengths, and the first eviction
+    # five blocks: all visible lengths, and the first eviction
+    expected, made = (pipe("a red fox", 2.0, seed=3) for pipe in (plain, compiled))
     assert (expected - made).abs().max() < 1e-4 and made.shape[1] == 32
 
 
+@pytest.mark.slow
 def test_processes_share_the_prompts(downloads, tmp_path, monkeypatch):
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
-        cli.generate(
-            "tiny",
-            ("a red 3 moving left", "a cyan 0 moving up", "a blue 7 moving down"),
-            seconds=0.2,
-            out=str(tmp_path),
-        )
-    assert [
-        [m["file"] for m in json.loads((tmp_path / f"videos-{r}.json").read_text())] for r in (0, 1)
-    ] == [["000.mp4", "002.mp4"], ["001.mp4"]]
+        prompts = ("a red 3 moving left", "a cyan 0 moving up", "a blue 7 moving down")
+        cli.generate("tiny", prompts, seconds=0.2, out=str(tmp_path))
+    for rank, files in enumerate((["000.mp4", "002.mp4"], ["001.mp4"])):
+        made = json.loads((tmp_path / f"videos-{rank}.json").read_text())
+        assert [m["file"] for m in made] == files
 
 
+@pytest.mark.slow
 def test_the_critic_has_a_size_of_its_own(downloads, tmp_path):
     """A critic of 1.3B beside a teacher of 14B: the critic was always a copy of the teacher."""
     save_tensors(
@@ -554,7 +482,7 @@ def test_the_critic_has_a_size_of_its_own(downloads, tmp_path):
     start = load_tensors(downloads / "teacher.safetensors")[0]
     assert all(torch.equal(p, start[name]) for name, p in models.critic.named_parameters())
     cli.train(run)
-    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 2
+    assert len(records_of(tmp_path / "run")) == 2
     with pytest.raises(
         ValueError,
         match="expected the weights of Wan2.1 1.3B, .*teacher.safetensors holds those of a network",
@@ -587,6 +515,7 @@ def test_a_frozen_teacher_is_kept_in_the_dtype_of_computing(downloads):
     assert dtypes == [{torch.float32}, {torch.float32}, {torch.bfloat16}]
 
 
+@pytest.mark.slow
 def test_plain_dmd_needs_no_reward_model_on_disk(downloads, tmp_path):
     cli.train(
         wan_run(
@@ -598,7 +527,7 @@ def test_plain_dmd_needs_no_reward_model_on_disk(downloads, tmp_path):
             template=None,
         )
     )
-    record = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    record = records_of(tmp_path / "run")[0]
     assert math.isfinite(record["loss"]) and "VQ" not in record
     with pytest.raises(
         FileNotFoundError, match="these are missing:\n  reward: nowhere\n  reward_base: nowhere"
@@ -610,18 +539,14 @@ def test_plain_dmd_needs_no_reward_model_on_disk(downloads, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_embeddings_made_beforehand_replace_the_text_encoder(
     downloads, tmp_path, monkeypatch, capsys
 ):
-    cache, settings = (
-        tmp_path / "text",
-        {"data": str(downloads / "prompts.txt"), "base": str(downloads / "base")},
-    )
+    cache = tmp_path / "text"
+    settings = {"data": str(downloads / "prompts.txt"), "base": str(downloads / "base")}
     cli.embed_command("wan-1.3b", str(cache), **settings, steps=1)
-    assert (
-        len(list(cache.rglob("*.safetensors"))) == 3
-        and "wrote 3 embeddings" in capsys.readouterr().out
-    )
+    assert embeddings_in(cache) == 3 and "wrote 3 embeddings" in capsys.readouterr().out
     sizes = sum(p.stat().st_size for p in cache.rglob("*.safetensors"))
     victim = sorted(cache.rglob("*.safetensors"))[0]
     victim.unlink()  # interrupted before the last one
@@ -702,3 +627,16 @@ def test_weights_with_nan_are_refused_before_training_and_before_video(downloads
         match="path: expected finite weights in .*nan.safetensors, head.head.bias has others",
     ):
         wan_video(downloads, checkpoint=str(tmp_path / "nan.safetensors")).load()
+
+
+@pytest.mark.slow
+def test_modules_are_imported_without_the_libraries_that_only_calls_need():
+    script = """
+import sys
+from streamr1_ref.wan import checkpoints, download, text, vae, video_reward
+heavy = {"diffusers", "transformers", "peft", "huggingface_hub", "IPython", "ipywidgets"}
+print(sorted(heavy & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
