@@ -368,15 +368,16 @@ def measure_rollout(
 
     With `training` its backward pass is included. Weights are not counted.
     """
-    noise, _, embeds = clip_inputs(
-        net.cfg, run.frames, run.micro_batch_size, net.patch_embedding.weight.dtype
-    )
+    dtype = net.patch_embedding.weight.dtype
+    noise, _, embeds = clip_inputs(net.cfg, run.frames, run.micro_batch_size, dtype)
     sampler = replace(run.sampler, denoising_steps=(1000, 500))  # two calls are enough to count
-    settings = {"config": sampler, "evict": run.evict, "exit_steps": [calls - 1]}
+    settings = {"config": sampler, "evict": run.evict, "generator": torch.Generator()}
     forget_gradients(net)
     grad, meter = torch.set_grad_enabled(training), Meter((*net.parameters(), noise, embeds))
     with gpu_kernels(), caches_noted() as cached, grad, meter as live:
-        rolled = rollout.self_forcing_rollout(net, noise, embeds, FlowSchedule(), **settings)
+        rolled = rollout.self_forcing_rollout(
+            net, noise, embeds, FlowSchedule(), exit_steps=[calls - 1], **settings
+        )
         made = rolled.latents
         left = sum(size for size, storage in cached if storage() is not None)
         kept, forward = live.now, live.peak
@@ -733,9 +734,8 @@ def critic_phases(s: PlanConfig, nets: Mapping[str, WanConfig]) -> dict[str, dic
     """
     run, dtype = s.distillation, s.compute_dtype
     rolled = rollout_cost(nets["student"], run, dtype, False)
-    update = pass_cost(
-        nets["critic"], run.frames, run.micro_batch_size, dtype, True, s.checkpointing
-    )
+    clips, how = (run.frames, run.micro_batch_size), (dtype, True, s.checkpointing)
+    update = pass_cost(nets["critic"], *clips, *how)
     return {
         "critic: rollout": {
             "keys and values": rolled.store,
@@ -842,13 +842,12 @@ def step_flops(s: PlanConfig, nets: Mapping[str, WanConfig]) -> dict[str, float]
     `nets` are the sizes of student, teacher and critic.
     """
     run, frames, dtype = s.distillation, s.distillation.frames, s.compute_dtype
-    seen = {role: pass_cost(nets[role], frames, run.micro_batch_size, dtype).flops for role in nets}
-    update = pass_cost(
-        nets["critic"], frames, run.micro_batch_size, dtype, True, s.checkpointing
-    ).flops
+    clips = run.micro_batch_size
+    seen = {role: pass_cost(nets[role], frames, clips, dtype).flops for role in nets}
+    update = pass_cost(nets["critic"], frames, clips, dtype, True, s.checkpointing).flops
     rolled = rollout_flops(nets["student"], run)
     trained = rollout_flops(nets["student"], run, training=True, checkpointing=s.checkpointing)
-    prompts = 0 if s.text_ready else run.micro_batch_size * (run.critic_steps + 1)
+    prompts = 0 if s.text_ready else clips * (run.critic_steps + 1)
     each = {
         "student": run.critic_steps * rolled + trained,
         "critic": run.critic_steps * update + seen["critic"],
@@ -1255,12 +1254,9 @@ def copied_inputs(cfg: WanConfig, run: DistillationConfig) -> float:
 def changes_since_first_edition(s: PlanConfig) -> list[dict]:
     """What changed in the run `s` since the first edition: part, unit, and before and after."""
     student, run, dtype = resolved(s)["student"], s.distillation, s.compute_dtype
-    clip = (1 + 4 * (run.frames - 1), tuple(s.resolution))
+    clip, clips = (1 + 4 * (run.frames - 1), tuple(s.resolution)), run.micro_batch_size
     rolled, gib = rollout_cost(student, run, dtype), 2**30
-    judged = [
-        judge_cost(s.parts, *clip, run.micro_batch_size, dtype, on).kept / gib
-        for on in (False, True)
-    ]
+    judged = [judge_cost(s.parts, *clip, clips, dtype, on).kept / gib for on in (False, True)]
     trained = 4 * num_parameters(student) / gib
     teacher = num_parameters(resolved(s)["teacher"]) / gib
     text = dtype.itemsize * frozen_parameters(s.parts)["text encoder"] / 1e9
