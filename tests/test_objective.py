@@ -7,11 +7,13 @@ import pytest
 import torch
 from conftest import relative_error
 
-from streamr1_ref import objective
+import streamr1_ref.training.trainer as training
 from streamr1_ref.balance import AdaptiveBalance
-from streamr1_ref.objective import METHODS, DistillationConfig, Distiller, stream_r1_loss
+from streamr1_ref.objective import METHODS, DistillationConfig, DistillationMethod, stream_r1_loss
+from streamr1_ref.rollout import SamplerConfig
 from streamr1_ref.tiny.models import tiny_models
 from streamr1_ref.tiny.world import caption_split
+from streamr1_ref.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("case", [0, 1])
@@ -46,7 +48,7 @@ def test_published_loss(golden, case):
     assert relative_error(x.grad, tensors[f"{case}.dloss_dx"]) < 1e-5
 
 
-SENTENCES = [str(c) for c in caption_split()[0]]
+PROMPTS = [str(c) for c in caption_split()[0]]
 
 
 def weights(net):
@@ -59,11 +61,14 @@ def same(before, net):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_takes_a_step(method):
-    run = Distiller(
-        tiny_models(), SENTENCES, METHODS[method], DistillationConfig(batch=2, critic_steps=1)
+    run = DistillationMethod(
+        tiny_models(),
+        PROMPTS,
+        METHODS[method],
+        DistillationConfig(micro_batch_size=2, critic_steps=1),
     )
     before = weights(run.models.student), weights(run.models.critic), weights(run.models.teacher)
-    record = run.step()
+    record = Trainer(run).step()
     assert "skipped" not in record and all(map(lambda v: v == v, record.values()))
     assert (
         not same(before[0], run.models.student)
@@ -85,11 +90,11 @@ def test_every_method_takes_a_step(method):
 def test_a_step_that_is_not_finite_is_skipped_and_counted(where, critic_steps, says):
     models = tiny_models()
     run, good = (
-        Distiller(
+        DistillationMethod(
             models,
-            SENTENCES,
+            PROMPTS,
             METHODS["Stream-R1"],
-            DistillationConfig(batch=2, critic_steps=critic_steps),
+            DistillationConfig(micro_batch_size=2, critic_steps=critic_steps),
         ),
         models.reward,
     )
@@ -107,18 +112,23 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(where, critic_steps, s
         next(models.critic.parameters()).data.fill_(float("nan"))
     models.reward.axes = good.axes
     before = weights(models.student)
-    record = run.step()
-    assert record["skipped"].startswith(f"step 1: {says}") and run.skipped == 1, record
-    assert run.critic_optimizer.state == {}  # the critic was not trained on it either
+    trainer = Trainer(run)
+    record = trainer.step()
+    assert record["skipped"].startswith(f"step 1: {says}") and trainer.skipped == 1, record
+    moments = trainer.optimizers["critic"].state.values()
+    assert not any(m["step"] for m in moments)  # the critic was not trained on it either
     assert same(before, models.student) and len(run.balance.history) == 0
 
 
 def test_a_skipped_step_does_not_repeat_itself():
-    """The next step draws other sentences and noise: a clip that breaks a step cannot break the run."""
+    """The next step draws other prompts and noise: one bad clip cannot break the run."""
     models = tiny_models()
     run, good = (
-        Distiller(
-            models, SENTENCES, METHODS["DMD"], DistillationConfig(batch=1, critic_steps=0, frames=3)
+        DistillationMethod(
+            models,
+            PROMPTS,
+            METHODS["DMD"],
+            DistillationConfig(micro_batch_size=1, critic_steps=0, frames=3),
         ),
         models.reward,
     )
@@ -131,27 +141,31 @@ def test_a_skipped_step_does_not_repeat_itself():
         }
 
     once.axes, models.reward = good.axes, once
-    records = [run.step(), run.step()]
+    trainer = Trainer(run)
+    records = [trainer.step(), trainer.step()]
     assert "skipped" in records[0] and "skipped" not in records[1] and seen[0] != seen[1]
 
 
 def test_penalty_scales_the_whole_gradient():
-    """One micro-batch: balancing multiplies the gradient by exp(-beta weight penalty), and two micro-batches see the mean of both."""
+    """Balancing multiplies the gradient by exp(-beta weight penalty) of all micro-batches."""
     gradients = {}
     for balance in (0.0, 0.5):
-        run = Distiller(
+        run = DistillationMethod(
             tiny_models(),
-            SENTENCES,
+            PROMPTS,
             replace(METHODS["inter"], balance=balance, balance_window=4, balance_warmup=2),
-            DistillationConfig(batch=1, micro_batches=2, critic_steps=0, frames=3, clip_norm=1e9),
+            DistillationConfig(
+                micro_batch_size=1, micro_batches=2, critic_steps=0, frames=3, clip_norm=1e9
+            ),
         )
-        run.student_optimizer.step = lambda: None
-        records = [run.step() for _ in range(3)]
+        trainer = Trainer(run)
+        trainer.optimizers["student"].step = lambda: None
+        records = [trainer.step() for _ in range(3)]
         gradients[balance] = [p.grad.clone() for p in run.models.student.parameters()], records[-1]
-    (plain, _), (braked, record) = gradients[0.0], gradients[0.5]
+    (plain, _), (scaled, record) = gradients[0.0], gradients[0.5]
     assert record["penalty"] > 0
     factor = math.exp(-2.0 * 0.5 * record["penalty"])
-    assert all(torch.allclose(factor * a, b, rtol=1e-4, atol=1e-9) for a, b in zip(plain, braked))
+    assert all(torch.allclose(factor * a, b, rtol=1e-4, atol=1e-9) for a, b in zip(plain, scaled))
     assert run.balance.history[-1] == pytest.approx(
         [record[a] for a in ("VQ", "MQ", "TA")], abs=1e-5
     )
@@ -169,22 +183,22 @@ def test_balance_state_survives():
 
 
 def test_the_balance_window_moves_only_when_a_step_succeeded(monkeypatch):
-    """A step whose gradient is not finite is skipped; its rewards must not count (they did: the window had one entry more)."""
-    run = Distiller(
+    """A step whose gradient is not finite is skipped; its rewards do not count."""
+    run = DistillationMethod(
         tiny_models(),
         ["a red 3 moving up"] * 4,
         METHODS["Stream-R1"],
-        DistillationConfig(batch=2, critic_steps=1),
+        DistillationConfig(micro_batch_size=2, critic_steps=1),
     )
-    whole = objective.clip_gradient
+    trainer, whole = Trainer(run), training.clip_gradient
     monkeypatch.setattr(
-        objective,
+        training,
         "clip_gradient",
         lambda net, *rest: whole(net, *rest) if net is run.models.critic else math.nan,
     )
-    assert "skipped" in run.step() and run.balance.count == 0 and not run.balance.history
-    monkeypatch.setattr(objective, "clip_gradient", whole)
-    assert "skipped" not in run.step() and run.balance.count == 1
+    assert "skipped" in trainer.step() and run.balance.count == 0 and not run.balance.history
+    monkeypatch.setattr(training, "clip_gradient", whole)
+    assert "skipped" not in trainer.step() and run.balance.count == 1
 
 
 def test_the_negative_prompt_is_embedded_once_and_is_the_one_that_was_set():
@@ -192,38 +206,41 @@ def test_the_negative_prompt_is_embedded_once_and_is_the_one_that_was_set():
     models, heard = tiny_models(), []
     text = models.text
     models.text = lambda prompts: heard.append(list(prompts)) or text(prompts)
-    run = Distiller(
+    run = DistillationMethod(
         models,
         ["a red 3 moving up"] * 4,
         METHODS["DMD"],
         DistillationConfig(
-            batch=1, micro_batches=2, critic_steps=1, negative_prompt="a blue 7 moving down"
+            micro_batch_size=1,
+            micro_batches=2,
+            critic_steps=1,
+            negative_prompt="a blue 7 moving down",
         ),
     )
-    first = run.step()
+    first = Trainer(run).step()
     assert [p for p in heard if p == ["a blue 7 moving down"]] == [["a blue 7 moving down"]] and [
         ""
     ] not in heard
-    plain = Distiller(
+    plain = DistillationMethod(
         tiny_models(),
         ["a red 3 moving up"] * 4,
         METHODS["DMD"],
-        DistillationConfig(batch=1, micro_batches=2, critic_steps=1),
+        DistillationConfig(micro_batch_size=1, micro_batches=2, critic_steps=1),
     )
-    assert plain.step()["loss"] != first["loss"]
+    assert Trainer(plain).step()["loss"] != first["loss"]
 
 
 def test_context_noise_as_published_changes_the_rollout_and_the_default_does_not():
-    """The published training noises finished blocks at sigma 0.005; the default, like the published sampler, does not."""
+    """The published training noises finished blocks at sigma 0.005, its sampler does not."""
     plain, noisy = (
-        Distiller(
+        DistillationMethod(
             tiny_models(),
             ["a red 3 moving up"] * 4,
             METHODS["DMD"],
-            DistillationConfig(batch=1, context_lookup=lookup),
+            DistillationConfig(micro_batch_size=1, sampler=SamplerConfig(context_lookup=lookup)),
         )
         for lookup in ("exact", "nearest")
     )
-    a, b = (run.rollout(0, 0)[0] for run in (plain, noisy))
+    a, b = (run.roll_out(0).latents for run in (plain, noisy))
     first = slice(0, 3)
     assert torch.equal(a[:, first], b[:, first]) and 0 < (a - b).norm() / a.norm() < 0.2

@@ -8,7 +8,7 @@ import torch
 
 from streamr1_ref.cache import CacheConfig
 from streamr1_ref.pipeline import PRESETS, Player, StreamR1Pipeline
-from streamr1_ref.training.trainer import PRESETS as RUNS
+from streamr1_ref.training.presets import PRESETS as RUNS
 
 PROMPTS = ["a red 3 moving left", "a cyan 0 moving up quickly"]
 

@@ -1,4 +1,4 @@
-"""Runs as processes: killed and resumed, two ranks and one, damaged checkpoints, Ctrl-C, broken weights, a rank that dies."""
+"""Runs as processes: killed and resumed, two ranks and one, damaged files, Ctrl-C, lost ranks."""
 
 import json
 import os
@@ -19,17 +19,20 @@ import tyro
 from PIL import Image, ImageChops
 
 from streamr1_ref.cli import main as cli
-from streamr1_ref.objective import DistillationConfig, Distiller
+from streamr1_ref.objective import DistillationConfig, DistillationMethod
 from streamr1_ref.tiny.models import tiny_models
 from streamr1_ref.tiny.world import caption_split
-from streamr1_ref.training import trainer as train
-from streamr1_ref.training.trainer import PRESETS, Trainer, newest, start_processes
+from streamr1_ref.training import distributed
+from streamr1_ref.training.checkpoint import newest, optimizer_numbers
+from streamr1_ref.training.distributed import start_processes
+from streamr1_ref.training.presets import PRESETS, distillation_trainer
+from streamr1_ref.training.trainer import Trainer
 from streamr1_ref.wan.build import compile_blocks
 
 SMALL = [
     "--save-every",
     "2",
-    "--distillation.batch",
+    "--distillation.micro-batch-size",
     "1",
     "--distillation.frames",
     "3",
@@ -41,11 +44,11 @@ SMALL = [
     "2",
 ]
 CLI = [sys.executable, "-m", "streamr1_ref.cli.main", "train", "tiny", *SMALL]
-FIVE = ["--steps", "5"]
+FIVE = ["--max-steps", "5"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 pytestmark = pytest.mark.xdist_group("train")  # one worker: `whole` is made once
-SENTENCES = [str(c) for c in caption_split()[0]]
+PROMPTS = [str(c) for c in caption_split()[0]]
 
 
 def run(command, **options):
@@ -61,10 +64,10 @@ def checkpoint_tensors(folder):
     cfg = replace(
         PRESETS["tiny"],
         distillation=DistillationConfig(
-            batch=1, frames=3, critic_steps=1, micro_batches=2, exit_group=2
+            micro_batch_size=1, frames=3, critic_steps=1, micro_batches=2, exit_group=2
         ),
     )
-    trainer = Trainer(tiny_models(), SENTENCES, cfg, folder)
+    trainer = distillation_trainer(tiny_models(), PROMPTS, cfg, folder)
     assert trainer.resume() == []
     return trainer.step_count, trainer.tensors()
 
@@ -112,7 +115,7 @@ def test_killed_at_a_random_moment_and_resumed_bit_for_bit(whole, tmp_path):
 
 
 def test_two_processes_are_one_and_one_goes_on_where_two_stopped(whole, tmp_path):
-    done = run([*TORCHRUN, *CLI[1:], "--steps", "4", "--out", str(tmp_path)])
+    done = run([*TORCHRUN, *CLI[1:], "--max-steps", "4", "--out", str(tmp_path)])
     assert done.returncode == 0, done.stderr[-3000:]
     for ours, theirs in zip(log(tmp_path), log(whole)):
         assert ours.keys() == theirs.keys()
@@ -126,12 +129,12 @@ def test_two_processes_are_one_and_one_goes_on_where_two_stopped(whole, tmp_path
     assert len(log(tmp_path)) == 5
     assert log(tmp_path)[4]["loss"] == pytest.approx(log(whole)[4]["loss"], rel=1e-5)
     (_, ours), (_, theirs) = checkpoint_tensors(tmp_path), checkpoint_tensors(whole)
-    averages = [name for name in theirs if name.startswith("average")]
-    assert averages and all(((ours[name] - theirs[name]).abs() < 1e-4).all() for name in averages)
+    emas = [name for name in theirs if name.startswith("ema.")]
+    assert emas and all(((ours[name] - theirs[name]).abs() < 1e-4).all() for name in emas)
 
 
 def test_a_rank_that_dies_stops_the_others_and_torchrun_resumes(whole, tmp_path):
-    """Rank 1 is killed twice. Alone, that ends the run and names the rank; with --max-restarts torchrun goes on as if nothing had happened."""
+    """Rank 1 is killed twice. That ends the run and names the rank; --max-restarts goes on."""
     script = tmp_path / "dies.py"
     script.write_text(f"""
 import os, signal, sys
@@ -146,7 +149,8 @@ def advance(self):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(self)
 train.Trainer.advance = advance
-sys.exit(cli.main(["train", "tiny", *{SMALL + FIVE!r}, "--out", {str(tmp_path / "run")!r}, "--resume"]))
+args = [*{SMALL + FIVE!r}, "--out", {str(tmp_path / "run")!r}, "--resume"]
+sys.exit(cli.main(["train", "tiny", *args]))
 """)
     done = run([*TORCHRUN, str(script)])
     assert (
@@ -174,7 +178,8 @@ def judge_rollouts(model, codec, latents, prompts, cfg):
     return original(model, codec, latents, prompts, cfg)
 judge_rollouts.calls = 0
 objective.judge_rollouts = judge_rollouts
-sys.exit(cli.main(["train", "tiny", *{SMALL!r}, "--steps", "3", "--out", {str(tmp_path / "run")!r}]))
+args = [*{SMALL!r}, "--max-steps", "3", "--out", {str(tmp_path / "run")!r}]
+sys.exit(cli.main(["train", "tiny", *args]))
 """)
     done = run([*TORCHRUN, str(script)])
     assert done.returncode == 0, done.stderr[-3000:]
@@ -187,28 +192,29 @@ sys.exit(cli.main(["train", "tiny", *{SMALL!r}, "--steps", "3", "--out", {str(tm
 
 
 def test_any_exception_in_one_rank_ends_all_with_its_message(tmp_path):
-    """Rank 1's disk is full in its second update: rank 0, which waits for its gradients, used to wait until the timeout."""
+    """Rank 1's disk is full in its second update; rank 0, which waits for it, is told."""
     script = tmp_path / "full.py"
     script.write_text(f"""
 import sys, time
 from streamr1_ref import objective
 from streamr1_ref.cli import main as cli
-from streamr1_ref.training import trainer as train
+from streamr1_ref.training import distributed
 original = objective.judge_rollouts
 def judge_rollouts(*args):
     import torch.distributed as dist
     if dist.get_rank() == 1:
         raise OSError("no space left on the disk")
     return original(*args)
-anywhere = train.Trainer.anywhere
-def waits(self, flag):
+anywhere = distributed.anywhere
+def waits(mesh, flag):
     waits.calls += 1
-    if self.rank == 0 and waits.calls == 2:
-        time.sleep(600)                                                 # as a collective operation of NCCL would
-    return anywhere(self, flag)
+    if mesh.get_rank() == 0 and waits.calls == 2:
+        time.sleep(600)  # as a collective operation of NCCL would
+    return anywhere(mesh, flag)
 waits.calls = 0
-objective.judge_rollouts, train.Trainer.anywhere = judge_rollouts, waits
-sys.exit(cli.main(["train", "tiny", *{SMALL!r}, "--steps", "3", "--out", {str(tmp_path / "run")!r}]))
+objective.judge_rollouts, distributed.anywhere = judge_rollouts, waits
+args = [*{SMALL!r}, "--max-steps", "3", "--out", {str(tmp_path / "run")!r}]
+sys.exit(cli.main(["train", "tiny", *args]))
 """)
     began = time.monotonic()
     done = run([*TORCHRUN, str(script)])
@@ -221,7 +227,7 @@ def test_a_waiting_process_is_told_what_ended_the_run(tmp_path):
     script = tmp_path / "alone.py"
     script.write_text("""
 import os, sys, time
-from streamr1_ref.train import all_or_none, start_processes
+from streamr1_ref.training.distributed import all_or_none, start_processes
 mesh = start_processes(timeout=5)
 try:
     with all_or_none(mesh, grace=0.1):
@@ -229,7 +235,7 @@ try:
             raise MemoryError("out of memory")
         time.sleep(600)
 except MemoryError:
-    time.sleep(600)                                                     # a process that does not die of its exception
+    time.sleep(600)  # a process that does not die of its exception
 """)
     ports = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     both = [
@@ -259,37 +265,39 @@ def free_port() -> int:
 
 
 def test_every_rank_reads_its_own_files_and_makes_its_own_pictures(tmp_path):
-    """Rank 0 computed all checksums, while the others waited; each rank made all sample clips at once."""
+    """Each rank computes checksums of its own files and makes its share of the pictures."""
     script = tmp_path / "reads.py"
     script.write_text(f"""
 import os, sys
 from pathlib import Path
 from streamr1_ref.cli import main as cli
-from streamr1_ref.training import trainer as train
+from streamr1_ref import objective
+from streamr1_ref.training import checkpoint
 rank, folder = os.environ["RANK"], Path({str(tmp_path)!r})
-checksum, sample = train.checksum, train.Trainer.sample
+checksum, sample, made = checkpoint.checksum, objective.DistillationMethod.sample, []
 def noted(path):
     with (folder / f"read-{{rank}}").open("a") as file: file.write(path.name + "\\n")
     return checksum(path)
-def counted(self, count=4):
-    clips = sample(self, count)
-    (folder / f"made-{{rank}}").write_text(" ".join(str(len(c)) for c in clips))
-    return clips
-train.checksum, train.Trainer.sample = noted, counted
-sys.exit(cli.main(["train", "tiny", *{SMALL!r}, "--steps", "2", "--sample-every", "2", "--out", {str(tmp_path / "run")!r}, *sys.argv[1:]]))
+def counted(self, number):
+    made.append(str(number))
+    (folder / f"made-{{rank}}").write_text(" ".join(made))
+    return sample(self, number)
+checkpoint.checksum, objective.DistillationMethod.sample = noted, counted
+args = [*{SMALL!r}, "--max-steps", "2", "--sample-every", "2", *sys.argv[1:]]
+sys.exit(cli.main(["train", "tiny", *args, "--out", {str(tmp_path / "run")!r}]))
 """)
     done = run([*TORCHRUN, str(script)])
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = ((tmp_path / f"read-{rank}").read_text().split() for rank in range(2))
     assert len(first) == len(second) == 1 and first != second, (first, second)
-    assert [(tmp_path / f"made-{rank}").read_text() for rank in range(2)] == ["1 1", "1 1"]
+    assert [(tmp_path / f"made-{rank}").read_text() for rank in range(2)] == ["0 2", "1 3"]
     for rank in range(2):
         (tmp_path / f"read-{rank}").unlink()
     done = run([*TORCHRUN, str(script), "--resume"])
     assert done.returncode == 0, done.stderr[-3000:]
     shares = [(tmp_path / f"read-{rank}").read_text().split() for rank in range(2)]
     assert [len(share) for share in shares] == [1, 1] and shares[0] != shares[1], shares
-    one = run([*CLI, "--steps", "2", "--sample-every", "2", "--out", str(tmp_path / "one")])
+    one = run([*CLI, "--max-steps", "2", "--sample-every", "2", "--out", str(tmp_path / "one")])
     assert one.returncode == 0, one.stderr
     a, b = (Image.open(tmp_path / name / "samples" / "step-000002.png") for name in ("run", "one"))
     assert (
@@ -301,13 +309,13 @@ def test_the_timeout_is_the_one_that_was_set(monkeypatch):
     asked = {}
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(
-        train.dist, "rendezvous", lambda url: iter([(train.dist.HashStore(), 0, 1)])
+        distributed.dist, "rendezvous", lambda url: iter([(distributed.dist.HashStore(), 0, 1)])
     )
     monkeypatch.setattr(
-        train.dist, "init_process_group", lambda *args, **kwargs: asked.update(kwargs)
+        distributed.dist, "init_process_group", lambda *args, **kwargs: asked.update(kwargs)
     )
-    monkeypatch.setattr(train.dist, "get_world_size", lambda: 1)
-    monkeypatch.setattr(train, "init_device_mesh", lambda kind, shape: None)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(distributed, "init_device_mesh", lambda kind, shape: None)
     start_processes(timeout=7)
     assert asked["timeout"] == timedelta(minutes=7)
 
@@ -315,7 +323,7 @@ def test_the_timeout_is_the_one_that_was_set(monkeypatch):
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_sigterm_saves_as_ctrl_c_does(tmp_path, number, code):
     process = subprocess.Popen(
-        [*CLI, "--steps", "500", "--save-every", "500", "--out", str(tmp_path)],
+        [*CLI, "--max-steps", "500", "--save-every", "500", "--out", str(tmp_path)],
         env=ENV,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -340,14 +348,15 @@ def test_sigterm_saves_as_ctrl_c_does(tmp_path, number, code):
 def test_fused_adam_resumes_where_it_was(tmp_path):
     """Its counters live on the parameters' device; the same steps as the plain one up to rounding."""
     runs = {
-        fused: trainer_in(tmp_path / str(fused), steps=2, save_every=1, fused=fused)
+        fused: trainer_in(tmp_path / str(fused), max_steps=2, save_every=1, fused=fused)
         for fused in (False, True)
     }
     for trainer in runs.values():
         trainer.train(progress=False)
-    again = trainer_in(tmp_path / "True", steps=2, fused=True)
+    again = trainer_in(tmp_path / "True", max_steps=2, fused=True)
     again.resume()
-    assert again.updates() == {"student": 2.0, "critic": 2.0}
+    for role, net in again.method.roles.items():
+        assert optimizer_numbers(net, again.optimizers[role]) == {"step": 2.0}
     for name, value in again.tensors().items():
         assert torch.equal(value, runs[True].tensors()[name]), name
     assert again.advance()["loss"] == pytest.approx(runs[False].advance()["loss"], rel=1e-3)
@@ -357,21 +366,25 @@ def test_compiled_layers_train_the_same_weights(tmp_path):
     """torch.compile inside activation checkpointing, for student, critic and teacher; traced, not translated."""
     losses = []
     for compiled in (False, True):
-        trainer = trainer_in(tmp_path / str(compiled), steps=2, checkpointing=True)
+        trainer = trainer_in(tmp_path / str(compiled), max_steps=2, checkpointing=True)
         if compiled:
-            for net in (trainer.models.student, trainer.models.critic, trainer.models.teacher):
+            for net in (
+                trainer.method.models.student,
+                trainer.method.models.critic,
+                trainer.method.models.teacher,
+            ):
                 compile_blocks(net, "aot_eager")
         losses.append([r["loss"] for r in trainer.train(progress=False)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(whole, tmp_path):
-    trainer = trainer_in(tmp_path, steps=3, save_every=1)
+    trainer = trainer_in(tmp_path, max_steps=3, save_every=1)
     trainer.train(progress=False)
     newest_one = tmp_path / "checkpoints" / "step-000003"
     shard = next(newest_one.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-100])
-    again = trainer_in(tmp_path, steps=3, save_every=1)
+    again = trainer_in(tmp_path, max_steps=3, save_every=1)
     problems = again.resume()
     assert (
         again.step_count == 2
@@ -383,25 +396,25 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(whole, tmp_path):
     for checkpoint in tmp_path.glob("checkpoints/*"):
         (checkpoint / "state.json").unlink()
     with pytest.raises(ValueError, match="no checkpoint can be read"):
-        trainer_in(tmp_path, steps=3).resume()
+        trainer_in(tmp_path, max_steps=3).resume()
 
 
 def trainer_in(folder, **settings):
     cfg = replace(
         PRESETS["tiny"],
-        distillation=DistillationConfig(batch=1, frames=3, critic_steps=1),
+        distillation=DistillationConfig(micro_batch_size=1, frames=3, critic_steps=1),
         **settings,
     )
-    return Trainer(tiny_models(), SENTENCES, cfg, folder)
+    return distillation_trainer(tiny_models(), PROMPTS, cfg, folder)
 
 
 def test_half_written_checkpoints_are_not_seen(tmp_path):
-    trainer = trainer_in(tmp_path, steps=1)
+    trainer = trainer_in(tmp_path, max_steps=1)
     trainer.train(progress=False)
     half = tmp_path / "checkpoints" / "step-000002.partial"
     half.mkdir()
     (half / "shard.safetensors").write_bytes(b"half")
-    again = trainer_in(tmp_path, steps=2)
+    again = trainer_in(tmp_path, max_steps=2)
     assert again.resume() == [] and again.step_count == 1
     again.train(progress=False)
     assert not half.exists() and newest(tmp_path)[0].name == "step-000002"
@@ -409,7 +422,7 @@ def test_half_written_checkpoints_are_not_seen(tmp_path):
 
 def test_ctrl_c_saves_and_exits_cleanly(tmp_path):
     process = subprocess.Popen(
-        [*CLI, "--steps", "500", "--save-every", "400", "--out", str(tmp_path)],
+        [*CLI, "--max-steps", "500", "--save-every", "400", "--out", str(tmp_path)],
         env=ENV,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -428,11 +441,11 @@ def test_ctrl_c_saves_and_exits_cleanly(tmp_path):
 
 
 def test_broken_student_stops_with_step_and_checkpoint(whole, tmp_path):
-    trainer = trainer_in(tmp_path, steps=4, save_every=1)
+    trainer = trainer_in(tmp_path, max_steps=4, save_every=1)
     trainer.train(progress=False)
-    broken = trainer_in(tmp_path, steps=6)
+    broken = trainer_in(tmp_path, max_steps=6)
     broken.resume()
-    next(broken.models.student.parameters()).data.fill_(float("nan"))
+    next(broken.method.models.student.parameters()).data.fill_(float("nan"))
     with pytest.raises(
         FloatingPointError,
         match=r"student: its weights are not finite, at step 5; last good checkpoint: .*step-000004",
@@ -441,12 +454,12 @@ def test_broken_student_stops_with_step_and_checkpoint(whole, tmp_path):
 
 
 def test_gives_up_after_skips_in_a_row(tmp_path):
-    trainer = trainer_in(tmp_path, steps=9, max_skipped=3)
-    axes = trainer.models.reward.axes
-    trainer.models.reward = lambda pixels, prompts: {
+    trainer = trainer_in(tmp_path, max_steps=9, max_skipped=3)
+    axes = trainer.method.models.reward.axes
+    trainer.method.models.reward = lambda pixels, prompts: {
         a: pixels.sum((1, 2, 3, 4)) * float("nan") for a in axes
     }
-    trainer.models.reward.axes = axes
+    trainer.method.models.reward.axes = axes
     with pytest.raises(
         FloatingPointError,
         match="3 steps in a row, the last because of step 3: .*not finite.*last good checkpoint: none",
@@ -482,8 +495,8 @@ def test_user_errors_before_training(whole, tmp_path):
 def test_tensorboard_gets_every_step_once(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    trainer_in(tmp_path, steps=1, tensorboard=True).train(progress=False)
-    again = trainer_in(tmp_path, steps=2, tensorboard=True)
+    trainer_in(tmp_path, max_steps=1, trackers=("tensorboard",)).train(progress=False)
+    again = trainer_in(tmp_path, max_steps=2, trackers=("tensorboard",))
     again.resume()
     again.train(progress=False)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -491,7 +504,7 @@ def test_tensorboard_gets_every_step_once(tmp_path, monkeypatch):
     assert [e.step for e in events.Scalars("loss")] == [1, 2]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="tensorboard: not installed .*pip install tensorboard"):
-        trainer_in(tmp_path / "b", steps=1, tensorboard=True).train(progress=False)
+        trainer_in(tmp_path / "b", max_steps=1, trackers=("tensorboard",)).train(progress=False)
 
 
 def test_a_full_disk_is_found_before_training(tmp_path, monkeypatch):
@@ -516,18 +529,19 @@ def test_uneven_processes_are_refused():
             return 2
 
     cfg = replace(
-        PRESETS["tiny"], distillation=DistillationConfig(batch=1, micro_batches=3, exit_group=2)
+        PRESETS["tiny"],
+        distillation=DistillationConfig(micro_batch_size=1, micro_batches=3, exit_group=2),
     )
     with pytest.raises(
         ValueError, match="micro_batches: expected a multiple of the 2 processes, got 3"
     ):
-        Trainer(tiny_models(), SENTENCES, cfg, "nowhere", Mesh())
+        distillation_trainer(tiny_models(), PROMPTS, cfg, "nowhere", Mesh())
     with pytest.raises(
         ValueError, match="exit_group: expected a multiple of the 2 processes, got 1"
     ):
-        Trainer(
+        distillation_trainer(
             tiny_models(),
-            SENTENCES,
+            PROMPTS,
             replace(cfg, distillation=DistillationConfig(micro_batches=4)),
             "nowhere",
             Mesh(),
@@ -535,14 +549,16 @@ def test_uneven_processes_are_refused():
 
 
 def test_accumulated_gradient_is_the_mean_of_the_micro_batches():
-    cfg = DistillationConfig(batch=1, frames=3, micro_batches=3, critic_steps=0, clip_norm=1e9)
-    run = Distiller(tiny_models(), SENTENCES, cfg=cfg)
-    parts = []
-    for micro in range(3):
-        loss, _ = run.generator_objective(0, micro)
+    cfg = DistillationConfig(
+        micro_batch_size=1, frames=3, micro_batches=3, critic_steps=0, clip_norm=1e9
+    )
+    run = DistillationMethod(tiny_models(), PROMPTS, cfg=cfg)
+    parts, trainer = [], Trainer(run)
+    for batch in range(3):
+        loss, _ = run.loss("student", batch)
         parts.append(torch.autograd.grad(loss, list(run.models.student.parameters())))
-    run.student_optimizer.step = lambda: None
-    run.update(run.models.student, run.student_optimizer, run.generator_objective, 0)
+    trainer.optimizers["student"].step = lambda: None
+    trainer.step()
     for p, *grads in zip(run.models.student.parameters(), *parts):
         assert torch.allclose(p.grad, sum(grads) / 3, atol=1e-6)
 
@@ -565,8 +581,8 @@ def test_a_preset_on_the_command_line_sets_the_defaults_and_flags_win():
         "stream-r1",
         "--teacher",
         "weights/wan-1.3b",
-        "--distillation.guidance",
-        "3",
+        "--distillation.guidance-scale",
+        "4",
     ]
     made = tyro.cli(cli.train_command(cli.preset_of(args)).__annotations__["run"], args=args)
     assert (
@@ -585,7 +601,7 @@ def test_processes_of_a_machine_load_one_after_the_other(tmp_path):
     script.write_text("""
 import sys, time
 import torch.distributed as dist
-from streamr1_ref.train import in_turn, start_processes
+from streamr1_ref.training.distributed import in_turn, start_processes
 mesh = start_processes()
 with in_turn(mesh):
     began = time.time()

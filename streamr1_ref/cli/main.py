@@ -32,7 +32,7 @@ from ..cache import CacheConfig
 from streamr1_ref.objective import (
     METHODS,
     DistillationConfig,
-    Distiller,
+    DistillationMethod,
     Models,
     judge_rollouts,
     prompt_numbers,
@@ -79,15 +79,9 @@ from streamr1_ref.tiny.teacher import (
     train_teacher,
 )
 from ..tiny.world import caption_split, mixed_clips, sample_clips
-from streamr1_ref.training.trainer import (
-    PRESETS,
-    TrainConfig,
-    Trainer,
-    all_or_none,
-    in_turn,
-    shard,
-    start_processes,
-)
+from ..training.distributed import all_or_none, barrier, in_turn, shard, start_processes
+from ..training.presets import PRESETS, RunConfig, distillation_trainer
+from ..training.trainer import Trainer
 from ..transformer import WanConfig, WanTransformer, load_wan_weights
 from ..utils.files import data_path, save_tensors, writable_folder
 from ..utils.runtime import default_device, default_dtype, seeded
@@ -157,7 +151,7 @@ def curves_figure(records: dict[str, list[dict]]) -> Figure:
     return figure
 
 
-def saliency_figure(run: Distiller, prompts: list[str]) -> Figure:
+def saliency_figure(run: DistillationMethod, prompts: list[str]) -> Figure:
     """For one clip a sentence: frames, and the weights of their regions."""
     pipe, cfg = pipeline_of(run), run.cfg
     noise = torch.randn(
@@ -261,7 +255,7 @@ def before_and_after(strips: list[torch.Tensor], names: list[str]) -> Figure:
 
 # %% ../../nbs/cli/cli.ipynb #046e4e27
 @dataclass(frozen=True)
-class TinyRun(TrainConfig):
+class TinyRun(RunConfig):
     """Distil the tiny world's student."""
 
     out: str = "runs/train"  # folder for checkpoints, log.jsonl and the distilled pipeline
@@ -288,13 +282,7 @@ class TinyRun(TrainConfig):
         "Write the average of a run as a pipeline."
         pipe, c = StreamR1Pipeline.from_pretrained("tiny"), self.distillation
         load_wan_weights(pipe.sampler.net, weights)
-        sampler = replace(
-            pipe.sampler,
-            steps=c.steps,
-            frames_per_block=c.frames_per_block,
-            cache=c.cache,
-            context_noise=c.context_noise,
-        )
+        sampler = replace(pipe.sampler, config=replace(c.sampler, context_lookup="exact"))
         return replace(pipe, sampler=sampler).save_pretrained(Path(self.out) / "pipeline")
 
     def prompts(self) -> list[str]:
@@ -303,7 +291,7 @@ class TinyRun(TrainConfig):
 
 # %% ../../nbs/cli/cli.ipynb #bc32f3e7
 @dataclass(frozen=True)
-class WanRun(TrainConfig):
+class WanRun(RunConfig):
     """Distil Wan2.1. On GPUs start it with torchrun, also on one.
 
     With --preset stream-r1, reward-forcing or self-forcing all defaults are the published run's, with a teacher of 14B
@@ -481,7 +469,7 @@ def needed_prompts(self: WanRun) -> list[str]:
     pictures = range(min(4, len(lines)) if self.sample_every else 0)
     return [
         d.negative_prompt,
-        *(lines[i] for i in (*pictures, *prompt_numbers(d, self.steps, len(lines)))),
+        *(lines[i] for i in (*pictures, *prompt_numbers(d, self.max_steps, len(lines)))),
     ]
 
 # %% ../../nbs/cli/cli.ipynb #fa85393c
@@ -560,14 +548,14 @@ def train(run: TinyRun | WanRun) -> None:
             check_weights(net, getattr(run, name, None) or name)
             if name in run.compile:
                 compile_blocks(net)
-        trainer = Trainer(models, prompts, run, folder, mesh)
+        trainer = distillation_trainer(models, prompts, run, folder, mesh)
         for problem in trainer.resume() if run.resume else []:
             print(f"{problem}; going on from the one before", file=sys.stderr)
         trainer.train()
-        weights = trainer.weights()
+        weights = trainer.weights("student")
         if trainer.rank == 0:
             print("wrote", run.save(weights))
-        trainer.barrier()
+        barrier(mesh)
     if mesh is not None:
         dist.destroy_process_group()
 
@@ -588,7 +576,7 @@ def train_command(preset: str = "wan-1.3b") -> Callable:
     return command
 
 # %% ../../nbs/cli/cli.ipynb #75c6f907
-def with_method(run: TrainConfig) -> TrainConfig:
+def with_method(run: RunConfig) -> RunConfig:
     """The run with the weighting of its `method`; the balance window and the kind of saliency stay the run's own."""
     if run.method is None:
         return run
@@ -640,7 +628,9 @@ def embed_command(
         wan_run(preset, data=data, base=base, text_cache=text_cache, dtype=dtype),
         place_process(),
     )
-    run = replace(run, steps=steps or run.steps, distillation=replace(run.distillation, seed=seed))
+    run = replace(
+        run, max_steps=steps or run.max_steps, distillation=replace(run.distillation, seed=seed)
+    )
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     mine = run.needed_prompts()[rank::world]
     text = run.text(encoder=False)
@@ -1578,13 +1568,13 @@ def bench_step(batch: int, repeats: int, steps: int) -> None:
     )
     for name, seconds in median.items():
         print(f"{name:44} {1e3 * seconds:8.1f} ms    {seconds / ours:.2f} of ours")
-    distiller = Distiller(
+    method = DistillationMethod(
         tiny_models(),
         [str(c) for c in caption_split()[0]],
         METHODS["Stream-R1"],
-        DistillationConfig(batch=batch),
+        DistillationConfig(micro_batch_size=batch),
     )
-    step = watch.wrap(distiller.step, "step")
+    step = watch.wrap(Trainer(method).step, "step")
     step()
     watch.seconds.pop("step"), watch.calls.pop("step")
     for _ in range(steps):
@@ -1776,16 +1766,13 @@ def bench_wan_step(run: BenchWanStep) -> None:
         set_attention(net, run.attention, device)
         if role in run.compile:
             compile_blocks(net)
-    cfg = TrainConfig(distillation=settings.distillation, checkpointing=run.checkpointing)
+    cfg = RunConfig(distillation=settings.distillation, checkpointing=run.checkpointing)
     with TemporaryDirectory() as folder, all_or_none(mesh):
         trainer, watch = (
-            Trainer(models, ["a red fox runs over snow"] * 64, cfg, folder, mesh),
+            distillation_trainer(models, ["a red fox runs over snow"] * 64, cfg, folder, mesh),
             Stopwatch(device),
         )
-        trainer.update = watch.wrap(
-            partial(Trainer.update, trainer),
-            lambda net, *_: "critic" if net is models.critic else "student",
-        )
+        trainer.update = watch.wrap(partial(Trainer.update, trainer), lambda role, *_: role)
         for repeat in range(run.steps + 1):
             record = trainer.advance()
             if repeat == 0:

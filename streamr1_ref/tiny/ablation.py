@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..objective import METHODS, DistillationConfig, Distiller
+from ..objective import METHODS, DistillationConfig, DistillationMethod
 from ..pipeline import StreamR1Pipeline
 from ..ports import RewardModel
 from ..rollout import StreamSampler
@@ -21,6 +21,7 @@ from .metrics import Oracle, flicker_level, motion_error, report_row, sharpness
 from .models import tiny_models
 from .student import likeness
 from .world import Caption, caption_split
+from ..training.trainer import Trainer
 from ..utils.files import data_path
 from ..utils.runtime import progress as progress_bar
 from ..utils.runtime import seeded
@@ -116,19 +117,21 @@ def measure(
 # %% ../../nbs/tiny/16_ablation.ipynb #472a4c71
 def distil(
     variant: str, seed: int, cfg: AblationConfig, progress: bool = False
-) -> tuple[Distiller, list[dict]]:
+) -> tuple[DistillationMethod, list[dict]]:
     """Distil the shipped start with one variant and one seed; returns the run and its records."""
     models = tiny_models(data_path("tiny_start.safetensors"))
     weighting = replace(
         VARIANTS[variant], balance_window=cfg.balance_window, balance_warmup=cfg.balance_window
     )
     settings = DistillationConfig(
-        batch=cfg.batch, critic_steps=cfg.critic_steps, frames=cfg.frames, seed=seed
+        micro_batch_size=cfg.batch, critic_steps=cfg.critic_steps, frames=cfg.frames, seed=seed
     )
-    run = Distiller(models, [str(c) for c in caption_split()[0]], weighting, settings)
+    prompts = [str(c) for c in caption_split()[0]]
+    run = DistillationMethod(models, prompts, weighting, settings)
+    trainer = Trainer(run)
     bar, records = progress_bar(range(cfg.steps), variant, progress), []
     for _ in bar:
-        records.append(run.step())
+        records.append(trainer.step())
         bar.set_postfix(
             {
                 axis: f"{records[-1][axis]:+.2f}"
@@ -139,13 +142,11 @@ def distil(
     return run, records
 
 # %% ../../nbs/tiny/16_ablation.ipynb #dd6b22a2
-def pipeline_of(run: Distiller) -> StreamR1Pipeline:
+def pipeline_of(run: DistillationMethod) -> StreamR1Pipeline:
     """The student of a run as a pipeline."""
     m, cfg = run.models, run.cfg
     return StreamR1Pipeline(
-        StreamSampler(
-            m.student, m.schedule, cfg.steps, cfg.frames_per_block, cfg.cache, cfg.context_noise
-        ),
+        StreamSampler(m.student, m.schedule, config=replace(cfg.sampler, context_lookup="exact")),
         m.text,
         m.codec,
     )
