@@ -79,13 +79,15 @@ def tensors_in(tree: object) -> list[torch.Tensor]:
     return [tensor for inside in tree for tensor in tensors_in(inside)]
 
 
-def without_values(func: Callable, args: tuple, kwargs: dict) -> tuple[tuple, dict, object]:
+def without_values(
+    func: Callable, args: tuple, kwargs: dict, given: Sequence[torch.Tensor]
+) -> tuple[tuple, dict, object]:
     """How to run an operation `func` with tensors on the meta device.
 
     The answer is its `args` and `kwargs`, all of them there, and None. Where a value is asked for,
-    or a tensor with values, the third is that: 1, or ones; 0 for a result of `any`.
+    or a tensor with values, the third is that: 1, or ones; 0 for a result of `any`. The tensors
+    among the arguments are `given`, of any shape.
     """
-    given = tensors_in((args, kwargs))
     first, to_copy = given[0], func is aten._to_copy.default
     if func is aten._local_scalar_dense.default:
         value = 0 if getattr(first, "is_any", False) else 1  # "is any of them wrong?" no
@@ -130,7 +132,7 @@ class Meter(TorchDispatchMode):
         kwargs, out = kwargs or {}, None
         given = tensors_in((args, kwargs))
         if any(t.is_meta for t in given):
-            args, kwargs, out = without_values(func, args, kwargs)
+            args, kwargs, out = without_values(func, args, kwargs, given)
         out = func(*args, **kwargs) if out is None else out
         made = [t for t in tensors_in(out) if t.device.type == self.device]
         if func.overloadpacket is aten.any and out.is_meta:

@@ -29,7 +29,7 @@ from .video_reward import OWN_WORDING, REWARD_TOKENS, VideoReward
 __all__ = ['UMT5_XXL', 'QWEN2_VL_2B', 'QWEN2_VL_2B_VISION', 'SMALL_TEXT', 'SMALL_VAE', 'SMALL_JUDGE', 'SMALL_NET', 'SMALL_EYES',
            'SMALL', 'WIDE', 'PRESETS', 'Sizes', 'random_text', 'random_codec', 'random_qwen', 'random_reward',
            'compile_blocks', 'compile_decoder', 'compile_parts', 'random_pipeline', 'random_models', 'fill_random',
-           'count_parameters', 'load_text_and_vae', 'wan_pipeline', 'wan_models']
+           'count_parameters', 'load_text_and_vae', 'wan_pipeline', 'check_fit', 'wan_models']
 
 # %% ../../nbs/wan/15b_full_scale.ipynb #486ec6a9
 UMT5_XXL = {  # transformers' UMT5Config
@@ -316,6 +316,22 @@ def wan_pipeline(
     text, codec = load_text_and_vae(base, device, dtype, text_cache, net.cfg.text_len)
     return compile_parts(StreamR1Pipeline(StreamSampler(net, **settings), text, codec), compiled)
 
+# %% ../../nbs/wan/15b_full_scale.ipynb #8e651e59
+def check_fit(student: WanConfig, **others: WanConfig) -> None:
+    """Nothing, if all `others` (teacher=..., critic=...) read what a `student` of its sizes makes.
+
+    Else ValueError names the first whose latents or texts differ.
+    """
+    for name, cfg in others.items():
+        same = all(
+            getattr(cfg, key) == getattr(student, key)
+            for key in ("in_channels", "text_dim", "patch_size")
+        )
+        if not same:
+            wanted = f"{student.in_channels} channels, text {student.text_dim}"
+            said = f"{name}: expected the student's latents and text, {wanted}"
+            raise ValueError(f"{said}, got {cfg.in_channels} and {cfg.text_dim}")
+
 # %% ../../nbs/wan/15b_full_scale.ipynb #7e132fe9
 def wan_models(
     student: str | Path,
@@ -339,8 +355,8 @@ def wan_models(
     teacher, which never changes, in the `dtype` of computing. All three stay on the CPU,
     memory-mapped, for `shard` to split and move. `head_dim`, `latent_size` and `sizes` (of student,
     teacher and critic) are those of `load_wan`; `text_cache`, `offload_text` and `encoder` those of
-    `load_text`. Prompts that are too long are cut, as in the published training. ValueError if
-    latents or texts of the networks differ.
+    `load_text`. Prompts that are too long are cut, as in the published training. ValueError as in
+    `check_fit`.
     """
     device = torch.device(device or default_device())
     dtype, sizes = dtype or default_dtype(device), (*sizes, *(None,) * 3)[:3]
@@ -349,13 +365,8 @@ def wan_models(
         load_wan(path, kind, head_dim, latent_size, size)
         for path, kind, size in zip(paths, dtypes, sizes)
     ]
-    ports = [(net.cfg.in_channels, net.cfg.text_dim, net.cfg.patch_size) for net in nets]
-    for name, port in zip(("teacher", "critic"), ports[1:]):
-        if port != ports[0]:
-            wanted = f"{ports[0][0]} channels, text {ports[0][1]}"
-            said = f"{name}: expected the student's latents and text, {wanted}"
-            raise ValueError(f"{said}, got {port[0]} and {port[1]}")
     trained, frozen, follower = nets
+    check_fit(trained.cfg, teacher=frozen.cfg, critic=follower.cfg)
     settings = (trained.cfg.text_len, True, offload_text, encoder)
     text, codec = load_text_and_vae(base, device, dtype, text_cache, *settings)
     trained.requires_grad_(True)
