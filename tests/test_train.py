@@ -27,7 +27,7 @@ from streamr1_ref.training.checkpoint import newest, optimizer_numbers
 from streamr1_ref.training.distributed import start_processes
 from streamr1_ref.training.presets import PRESETS, distillation_trainer
 from streamr1_ref.training.trainer import Trainer
-from streamr1_ref.wan.checkpoints import compile_blocks
+from streamr1_ref.wan.build import compile_blocks
 
 SMALL = [
     "--save-every",

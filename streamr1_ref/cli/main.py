@@ -96,40 +96,31 @@ from streamr1_ref.wan.budget import (
     preset_settings,
     step_parts,
 )
+from ..wan.build import PRESETS as SIZES_FOR_BENCH
 from streamr1_ref.wan.build import (
-    DOWNLOADS,
-    TRAINING,
     Sizes,
-    ask_hub,
-    check_files,
-    download,
+    compile_blocks,
     fill_random,
     random_codec,
     random_models,
     random_pipeline,
-    score_videos,
-    video_name,
-    write_table,
-)
-from ..wan.build import PRESETS as SIZES_FOR_BENCH
-from streamr1_ref.wan.checkpoints import (
-    NETWORKS,
-    SIZES,
-    PromptFile,
-    UMT5Text,
-    check_weights,
-    compile_blocks,
-    config_of,
-    convert,
-    embed_prompts,
-    latent_size_of,
-    load_text,
-    model_size,
-    official,
-    read_weights,
     wan_models,
     wan_pipeline,
 )
+from streamr1_ref.wan.checkpoints import (
+    NETWORKS,
+    SIZES,
+    check_weights,
+    config_of,
+    convert,
+    latent_size_of,
+    model_size,
+    official,
+    read_weights,
+)
+from ..wan.download import DOWNLOADS, TRAINING, ask_hub, check_files, download
+from ..wan.score import score_videos, video_name, write_table
+from ..wan.text import PromptFile, UMT5Text, embed_prompts, load_text
 from ..wan.video_reward import RewardInput, load_video_reward, question
 
 # %% auto #0
