@@ -75,36 +75,46 @@ def rebuild(
 
 # %% ../../nbs/tiny/01_latents.ipynb #b4f91858
 class PCACodec:
-    """Causal PCA codec, a `LatentCodec`. `tensors` holds mean, basis and scale of "first" and "group"; made by `fit_codec`."""
+    """A causal `LatentCodec` made of principal components; `fit_codec` makes it.
+
+    `tensors` holds mean [D], basis [D,C] and scale [C] of "first" and "group" by the names
+    first.mean, ...; patches are squares of `patch` pixels, and a group has `time_stride` frames.
+    """
 
     def __init__(self, tensors: dict[str, torch.Tensor], patch: int = 4, time_stride: int = 4):
         self.tensors, self.space_stride, self.time_stride = tensors, patch, time_stride
         self.channels = tensors["first.basis"].shape[1]
         for part, n in (("first", 1), ("group", time_stride)):
-            check_tensor(
-                f"{part}.basis",
-                tensors[f"{part}.basis"],
-                "D C",
-                D=n * 3 * patch**2,
-                C=self.channels,
-            )
+            basis, length = tensors[f"{part}.basis"], n * 3 * patch**2
+            check_tensor(f"{part}.basis", basis, "D C", D=length, C=self.channels)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        "Pixels [B,T,3,H,W] in [0,1] -> latents [B,F,C,h,w]."
+        """Return the latents [B,F,C,h,w] of `pixels` [B,T,3,H,W] in [0,1]."""
         check_pixels(pixels, self.time_stride, self.space_stride)
         groups = rearrange(pixels[:, 1:], "b (f n) c h w -> f b n c h w", n=self.time_stride)
         latents = [project(pixels[:, :1], self.tensors, "first", self.space_stride)]
-        return torch.stack(
-            latents + [project(g, self.tensors, "group", self.space_stride) for g in groups], 1
-        )
+        latents += [project(group, self.tensors, "group", self.space_stride) for group in groups]
+        return torch.stack(latents, 1)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        "Latents [B,F,C,h,w] of a whole clip -> pixels [B,T,3,H,W]; linear, so not clamped to [0,1]."
+        """Return the pixels [B,T,3,H,W] of whole clips of `latents` [B,F,C,h,w].
+
+        Decoding is linear, so they are not clamped to [0,1].
+        """
         return self.stream_decoder()(latents)
 
     def stream_decoder(self) -> PCAStreamDecoder:
-        "A decoder for one clip that arrives block by block."
+        """Return a decoder for clips that arrive block by block."""
         return PCAStreamDecoder(self)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the codec to `folder`, as chapter 14's pipelines do with their parts."""
+        save_codec(Path(folder) / "model.safetensors", self)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> PCACodec:
+        """Return the codec that `save` wrote to `folder`."""
+        return load_codec(Path(folder) / "model.safetensors")
 
 # %% ../../nbs/tiny/01_latents.ipynb #18f492e6
 class PCAStreamDecoder:

@@ -16,22 +16,28 @@ __all__ = ['default_device', 'default_dtype', 'seeded', 'progress']
 
 # %% ../../nbs/reference/runtime.ipynb #d4faf95d
 def default_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
-    """bfloat16 on a GPU, float32 on a CPU."""
+    """Return the number format that suits `device`: bfloat16 on a GPU, float32 on a CPU."""
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 # %% ../../nbs/reference/runtime.ipynb #98642e4c
 def seeded(seed: int, step: int = 0, stream: int = 0) -> torch.Generator:
-    """A generator that depends on these numbers only; `stream` separates draws of one step that have nothing to do with each other."""
+    """Return a generator on the CPU whose draws depend on these three numbers only.
+
+    `seed` is that of a run and `step` counts in it; `stream` separates draws of one step that have
+    nothing to do with each other.
+    """
     return torch.Generator().manual_seed(seed * 1_000_003 + step + (stream << 48))
 
 # %% ../../nbs/reference/runtime.ipynb #39bf8dca
 def progress(steps: Iterable, label: str, show: bool = True, **options) -> tqdm:
-    """A tqdm bar over `steps`; silent if `show` is False or STREAMR1_STATIC is set. `options` go to tqdm."""
-    return tqdm(
-        steps, desc=label, disable=not show or bool(os.environ.get("STREAMR1_STATIC")), **options
-    )
+    """Return a tqdm bar over `steps` with the text `label` in front.
+
+    It is silent unless `show` is set, and wherever STREAMR1_STATIC is. `options` go to tqdm.
+    """
+    silent = not show or bool(os.environ.get("STREAMR1_STATIC"))
+    return tqdm(steps, desc=label, disable=silent, **options)

@@ -17,18 +17,16 @@ from PIL import Image
 from .checks import check_tensor
 
 # %% auto #0
-__all__ = ['film_strip', 'to_bytes', 'write_mp4', 'write_gif', 'read_mp4', 'side_by_side']
+__all__ = ['film_strip', 'to_bytes', 'write_mp4', 'read_mp4', 'write_gif', 'side_by_side']
 
 # %% ../../nbs/reference/video.ipynb #af0a2015
 def film_strip(pixels: torch.Tensor, every: int = 4, gap: int = 1) -> torch.Tensor:
-    """Every `every`-th frame of clips [B,T,3,H,W] as one picture [B*(H+gap), n*(W+gap), 3] in [0,1], grey between frames."""
-    frames = (
-        check_tensor("pixels", pixels, "B T C H W", C=3)[:, ::every]
-        .detach()
-        .float()
-        .cpu()
-        .clamp(0, 1)
-    )
+    """Return clips as one picture [B*(H+gap), n*(W+gap), 3] in [0,1], a row for each clip.
+
+    It shows every `every`-th frame of `pixels` [B,T,3,H,W], with `gap` grey pixels between them.
+    """
+    frames = check_tensor("pixels", pixels, "B T C H W", C=3)[:, ::every]
+    frames = frames.detach().float().cpu().clamp(0, 1)
     B, n, _, H, W = frames.shape
     canvas = torch.full((B, n, 3, H + gap, W + gap), 0.35)
     canvas[..., :H, :W] = frames
@@ -36,32 +34,24 @@ def film_strip(pixels: torch.Tensor, every: int = 4, gap: int = 1) -> torch.Tens
 
 # %% ../../nbs/reference/video.ipynb #ae2b5c0d
 def to_bytes(clip: torch.Tensor, enlarge: int = 1) -> torch.Tensor:
-    """A clip [T,3,H,W] in [0,1] as bytes [T,H*enlarge,W*enlarge,3]; each pixel becomes a square."""
-    frames = (
-        check_tensor("clip", clip, "T C H W", C=3)
-        .detach()
-        .float()
-        .cpu()
-        .clamp(0, 1)
-        .mul(255)
-        .round()
-        .byte()
-    )
-    return (
-        frames.repeat_interleave(enlarge, 2)
-        .repeat_interleave(enlarge, 3)
-        .permute(0, 2, 3, 1)
-        .contiguous()
-    )
+    """Return `clip` [T,3,H,W] in [0,1] as bytes [T,H*enlarge,W*enlarge,3].
 
+    Each pixel becomes a square of `enlarge` pixels.
+    """
+    frames = check_tensor("clip", clip, "T C H W", C=3).detach().float().cpu()
+    frames = (frames.clamp(0, 1) * 255).round().byte()
+    large = frames.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
+    return large.permute(0, 2, 3, 1).contiguous()
 
+# %% ../../nbs/reference/video.ipynb #f5dd201a
 def write_mp4(
     path: str | Path, clip: torch.Tensor | Iterable[torch.Tensor], fps: int = 16, enlarge: int = 1
 ) -> Path:
-    """Write one clip [T,3,H,W] in [0,1], or any iterable of frames [3,H,W], as H.264. Returns the path.
+    """Write `clip` [T,3,H,W] in [0,1] as H.264 with `fps` frames a second, and return its `path`.
 
-    Each pixel becomes a square of `enlarge` pixels. The same frames give the same bytes. The file has its name when it is
-    whole. ValueError for odd sides or no frame.
+    An iterable of frames [3,H,W] is written as they come, so that they are never all in memory.
+    Each pixel becomes a square of `enlarge` pixels. The same frames give the same bytes, and the
+    file has its name when it is whole. Raises ValueError for odd sides or no frame.
     """
     path = Path(path)
     if isinstance(clip, torch.Tensor):
@@ -71,17 +61,14 @@ def write_mp4(
         raise ValueError("clip: expected at least one frame, got none")
     H, W = first.shape[:2]
     if H % 2 or W % 2:
-        raise ValueError(
-            f"clip: H.264 needs even sides, got {H // enlarge}x{W // enlarge} enlarged {enlarge} times"
-        )
+        sides = f"{H // enlarge}x{W // enlarge} enlarged {enlarge} times"
+        raise ValueError(f"clip: H.264 needs even sides, got {sides}")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name[-80:]}.partial")
     try:
         with av.open(str(partial), "w", format="mp4") as container:
-            settings = {
-                "crf": "18",
-                "x264-params": "mbtree=0",
-            }  # mb-tree's rounding differs from run to run
+            # without mb-tree, whose rounding differs from run to run
+            settings = {"crf": "18", "x264-params": "mbtree=0"}
             stream = container.add_stream("libx264", rate=fps, options=settings)
             stream.height, stream.width, stream.pix_fmt = H, W, "yuv420p"
             for frame in chain([first], frames):
@@ -92,36 +79,43 @@ def write_mp4(
         partial.unlink(missing_ok=True)
     return path
 
+# %% ../../nbs/reference/video.ipynb #2033c187
+def read_mp4(path: str | Path) -> tuple[torch.Tensor, float]:
+    """Return the whole video in the file `path`, [T,3,H,W] in [0,1], and its frames per second.
 
+    Raises FileNotFoundError if there is none.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path: expected a video file, {path} does not exist")
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        decoded = (frame.to_ndarray(format="rgb24") for frame in container.decode(stream))
+        frames = torch.stack([torch.from_numpy(frame) for frame in decoded])
+        return frames.permute(0, 3, 1, 2).float() / 255, float(stream.average_rate)
+
+# %% ../../nbs/reference/video.ipynb #6824d452
 def write_gif(path: str | Path, clip: torch.Tensor, fps: int = 16, enlarge: int = 1) -> Path:
-    """Write one clip [T,3,H,W] in [0,1] as a GIF that repeats for ever (256 colours a frame). Returns the path."""
+    """Write `clip` [T,3,H,W] in [0,1] as a GIF that repeats for ever, and return its `path`.
+
+    A GIF has 256 colours a frame and shows `fps` frames a second; each pixel becomes a square of
+    `enlarge` pixels.
+    """
     first, *rest = (Image.fromarray(frame) for frame in to_bytes(clip, enlarge).numpy())
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
     return Path(path)
 
-# %% ../../nbs/reference/video.ipynb #2033c187
-def read_mp4(path: str | Path) -> tuple[torch.Tensor, float]:
-    """Read a whole video -> (clip [T,3,H,W] in [0,1], frames per second). Raises FileNotFoundError if there is none."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"path: expected a video file, {path} does not exist")
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        frames = [
-            torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)
-        ]
-        return torch.stack(frames).permute(0, 3, 1, 2).float() / 255, float(stream.average_rate)
-
 # %% ../../nbs/reference/video.ipynb #5ffcc9b3
 def side_by_side(clips: torch.Tensor, columns: int = 3, gap: int = 2) -> torch.Tensor:
-    """Clips [B,T,3,H,W] as one clip [T,3,rows*(H+gap),columns*(W+gap)], grey between them; missing ones are black."""
+    """Return many clips as one clip [T,3,rows*(H+gap),columns*(W+gap)].
+
+    `clips` [B,T,3,H,W] fill the rows from left to right, `columns` of them in each, with `gap` grey
+    pixels between them; places that are left over are black.
+    """
     B, T, C, H, W = clips.shape
-    rows = -(-B // columns)
-    canvas = torch.full((rows * columns, T, C, H + gap, W + gap), 0.35)
+    rows, high, wide = -(-B // columns), H + gap, W + gap
+    canvas = torch.full((rows * columns, T, C, high, wide), 0.35)
     canvas[:, ..., :H, :W] = 0
     canvas[:B, ..., :H, :W] = clips
-    return (
-        canvas.view(rows, columns, T, C, H + gap, W + gap)
-        .permute(2, 3, 0, 4, 1, 5)
-        .reshape(T, C, rows * (H + gap), columns * (W + gap))
-    )
+    grid = canvas.view(rows, columns, T, C, high, wide).permute(2, 3, 0, 4, 1, 5)
+    return grid.reshape(T, C, rows * high, columns * wide)

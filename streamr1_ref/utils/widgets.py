@@ -16,7 +16,11 @@ __all__ = ['explore']
 
 # %% ../../nbs/reference/widgets.ipynb #51a4b602
 def explore(draw: Callable[..., None], **controls: ipywidgets.Widget) -> None:
-    """Show `draw(**values)` with one widget per argument, or once and without widgets if STREAMR1_STATIC is set."""
+    """Show `draw(**values)` with one widget for each argument.
+
+    `controls` are the widgets by the names of the arguments. If STREAMR1_STATIC is set, it draws
+    once, without widgets, with the values that they start with.
+    """
     values = {name: control.value for name, control in controls.items()}
     if os.environ.get("STREAMR1_STATIC"):
         draw(**values)
