@@ -18,7 +18,7 @@ import torch
 import tyro
 from PIL import Image, ImageChops
 
-from streamr1_ref.cli import main as cli
+import streamr1_ref.cli.train as cli
 from streamr1_ref.objective import DistillationConfig, Distiller
 from streamr1_ref.tiny.models import tiny_models
 from streamr1_ref.tiny.world import caption_split

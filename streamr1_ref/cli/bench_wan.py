@@ -49,7 +49,7 @@ class BenchWanConfig:
     All weights are random. Raises ValueError for an unknown choice.
     """
 
-    # by default full on a GPU, else small; wide is two layers of the real widths, and small pictures
+    # by default full on a GPU, else small; wide has the real widths, two layers, small pictures
     size: Literal["full", "wide", "small"] | None = None
     blocks: int = 200  # blocks that are timed
     window_frames: int = 9  # latent frames that a block sees, its own included
@@ -125,7 +125,10 @@ def report_wan(
     result: dict,
     device: torch.device,
 ) -> None:
-    """Print the milliseconds in `rows` and the `result` of a benchmark `run` of `pipe` on `device`."""
+    """Print what a benchmark `run` of `pipe` on `device` found.
+
+    `rows` are milliseconds by part, `result` is what `measure_stream` returns.
+    """
     cfg, dtype = pipe.sampler.net.cfg, next(pipe.sampler.net.parameters()).dtype
     height, width = (pipe.codec.space_stride * n for n in cfg.latent_size)
     compiled = f", compiled: {' and '.join(run.compile)}" if run.compile else ""
@@ -248,9 +251,9 @@ def report_wan_step(
     used: float,
     device: torch.device,
 ) -> None:
-    """Print what a benchmark `run` of a training step found, beside the plan; write it to `run.out`.
+    """Print what a benchmark `run` of a training step found, and write it to `run.out`.
 
-    `settings` are the plan's, `watch` holds the times by role, `record` is the last step's, and
+    The plan's figures stand beside it. `settings` are the plan's, `watch` holds the times by role, `record` is the last step's, and
     `used` the peak memory in bytes on `device`.
     """
     budget, published, world = plan(settings), PRESETS["wan-1.3b"].distillation, settings.gpus

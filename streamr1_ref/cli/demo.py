@@ -91,7 +91,8 @@ def write_clips(folder: Path, name: str, clips: torch.Tensor, fps: int) -> None:
 def metrics_table(rows: dict[str, dict[str, float]], captions: int) -> str:
     """Return the demo's table of oracle metrics and rewards as text.
 
-    `rows` are what `measure` returns, by the name of the run; `captions` is how many clips each had.
+    `rows` are what `measure` returns, by the name of the run; `captions` is how many clips each
+    had.
     """
     shown = ("digit", "motion_error", "sharpness", "flicker", "VQ", "MQ", "TA")
     lines = [f"{captions} held-out captions  " + "".join(f"{name:>14}" for name in shown)]

@@ -53,6 +53,7 @@ class WanVideoConfig:
     attention: Literal[tuple(BACKENDS)] = "sdpa"  # attention kernel; see streamr1 info
     # parts that torch.compile compiles: minutes once, then faster
     compile: tuple[Literal["network", "vae"], ...] = ()
+    # what is kept of the past
     cache: CacheConfig = field(default_factory=CacheConfig)
     head_dim: int = 128  # channels of an attention head, 128 in all Wan2.1 models
 

@@ -151,6 +151,7 @@ class PlanRunConfig:
     fused: bool = True  # Adam as one kernel, without temporaries
     method: Literal[tuple(METHODS)] | None = None  # sets the weighting; None: the preset's
     memory: float | None = None  # GiB of a GPU: say what would make a run fit that does not
+    # settings of the training, whose frames, batch and steps decide about memory and work
     distillation: DistillationConfig = PRESETS["wan-1.3b"].distillation
 
     def __post_init__(self):

@@ -25,7 +25,7 @@ __all__ = ['describe', 'peak_bytes', 'median_seconds', 'Stopwatch', 'time_blocks
 
 # %% ../../nbs/cli/timing.ipynb #b5c36a1c
 def describe(device: torch.device) -> str:
-    """Return the machine in words: the GPU's name if `device` is one, else processor and threads."""
+    """Return the name of the GPU if `device` is one, else processor and number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()}, {torch.get_num_threads()} threads"
@@ -68,7 +68,10 @@ class Stopwatch:
             torch.cuda.synchronize(self.device)
 
     def wrap(self, function: Callable, name: str | Callable[..., str]) -> Callable:
-        """Return the same `function`, timed under `name`, or under what `name` says of its arguments."""
+        """Return `function`, timed under `name`.
+
+        `name` may be a function of the same arguments, which says under what a call is counted.
+        """
 
         def timed(*args, **kwargs):
             key = name if isinstance(name, str) else name(*args, **kwargs)
