@@ -233,7 +233,7 @@ def test_wrong_sizes_are_refused(downloads, tmp_path):
 
 
 def test_too_little_gpu_memory_is_refused_with_the_plans_figures(downloads, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "gpu_memory", lambda: 1e5)
+    monkeypatch.setattr("streamr1_ref.cli.wan_run.gpu_memory", lambda: 1e5)
     with pytest.raises(
         ValueError,
         match="on GPUs start it with torchrun, also on one: torchrun --standalone --nproc-per-node 1",
@@ -245,7 +245,7 @@ def test_too_little_gpu_memory_is_refused_with_the_plans_figures(downloads, tmp_
         match="gpus: one layer at work in phase .* needs .*, a GPU has 0.0 GiB; more GPUs do not help",
     ):
         train(wan_run(downloads, tmp_path))
-    monkeypatch.setattr(cli, "gpu_memory", lambda: 14 * 2**30)
+    monkeypatch.setattr("streamr1_ref.cli.wan_run.gpu_memory", lambda: 14 * 2**30)
     says = "gpus: expected .* GiB of memory on each of 1 in phase .*text encoder .*, there are 14.0 GiB; it fits with --text-cache"
     with pytest.raises(ValueError, match=says):
         train(wan_run(downloads, tmp_path))
@@ -603,9 +603,7 @@ def test_embeddings_made_beforehand_replace_the_text_encoder(
         wan_run(downloads, tmp_path).distillation,
         negative_prompt=PRESETS["wan-1.3b"].distillation.negative_prompt,
     )
-    train(
-        wan_run(downloads, tmp_path, method="DMD", text_cache=str(cache), distillation=negative)
-    )
+    train(wan_run(downloads, tmp_path, method="DMD", text_cache=str(cache), distillation=negative))
     assert "3 of 3 embeddings are in" in capsys.readouterr().err
     with pytest.raises(OSError, match="out: expected .* free for .*text2"):
         monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
@@ -657,9 +655,7 @@ def test_weights_with_nan_are_refused_before_training_and_before_video(downloads
         ValueError,
         match="path: expected finite weights in .*nan.safetensors, head.head.bias has others",
     ):
-        train(
-            wan_run(downloads, tmp_path, student=str(tmp_path / "nan.safetensors"), method="DMD")
-        )
+        train(wan_run(downloads, tmp_path, student=str(tmp_path / "nan.safetensors"), method="DMD"))
     with pytest.raises(
         ValueError,
         match="path: expected finite weights in .*nan.safetensors, head.head.bias has others",

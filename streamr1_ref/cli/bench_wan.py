@@ -37,7 +37,7 @@ from ..wan.build import Sizes, fill_random, random_models, random_pipeline
 from ..wan.checkpoints import NETWORKS, SIZES, compile_blocks
 
 # %% auto #0
-__all__ = ['BenchWanConfig', 'first_frame', 'pipeline_for_bench', 'bench_wan', 'report_wan', 'BenchWanStepConfig',
+__all__ = ['BenchWanConfig', 'first_frame', 'pipeline_for_bench', 'report_wan', 'bench_wan', 'BenchWanStepConfig',
            'plan_of_bench', 'models_for_bench', 'timed_steps', 'report_wan_step', 'bench_wan_step',
            'BenchStepPartsConfig', 'bench_step_parts']
 
@@ -94,30 +94,7 @@ def pipeline_for_bench(run: BenchWanConfig, device: torch.device) -> StreamR1Pip
         decode(next(stream))
     return pipe
 
-
-@torch.no_grad()
-def bench_wan(run: BenchWanConfig) -> None:
-    """Print what `first_frame` and `measure_stream` find for a benchmark `run`."""
-    device, folder = default_device(), run.out and writable_folder(run.out)
-    pipe = pipeline_for_bench(run, device)
-    embeds = pipe.text(["a red fox runs over snow"])
-    decode = pipe.codec.stream_decoder()
-    latency = first_frame(pipe, Stopwatch(device))
-    stream, inside = pipe.sampler.stream(embeds, seeded(1)), "network" not in run.compile
-    result, split = measure_stream(stream, decode, run.blocks, min(50, run.blocks), inside)
-    rows = {
-        "text, once a prompt": round(latency["text"], 3),
-        "first frame from the words on": round(latency["first frame"], 3),
-        **split,
-    }
-    report_wan(run, pipe, rows, result, device)
-    if folder:
-        record = {"machine": describe(device), "torch": torch.__version__}
-        record |= {"attention": run.attention, "compiled": run.compile}
-        record |= {"window_frames": run.window_frames, "sink": run.sink, "ms": rows}
-        (folder / "wan_bench.json").write_text(json.dumps(record | result) + "\n")
-
-
+# %% ../../nbs/cli/bench_wan.ipynb #8c8655b7
 def report_wan(
     run: BenchWanConfig,
     pipe: StreamR1Pipeline,
@@ -146,6 +123,29 @@ def report_wan(
         f"block {run.blocks} over block 10, in turns: {result['ratio']:.3f}; "
         f"peak memory {first:.0f} MB after a block, {last:.0f} MB at the end"
     )
+
+# %% ../../nbs/cli/bench_wan.ipynb #035cf116
+@torch.no_grad()
+def bench_wan(run: BenchWanConfig) -> None:
+    """Print what `first_frame` and `measure_stream` find for a benchmark `run`."""
+    device, folder = default_device(), run.out and writable_folder(run.out)
+    pipe = pipeline_for_bench(run, device)
+    embeds = pipe.text(["a red fox runs over snow"])
+    decode = pipe.codec.stream_decoder()
+    latency = first_frame(pipe, Stopwatch(device))
+    stream, inside = pipe.sampler.stream(embeds, seeded(1)), "network" not in run.compile
+    result, split = measure_stream(stream, decode, run.blocks, min(50, run.blocks), inside)
+    rows = {
+        "text, once a prompt": round(latency["text"], 3),
+        "first frame from the words on": round(latency["first frame"], 3),
+        **split,
+    }
+    report_wan(run, pipe, rows, result, device)
+    if folder:
+        record = {"machine": describe(device), "torch": torch.__version__}
+        record |= {"attention": run.attention, "compiled": run.compile}
+        record |= {"window_frames": run.window_frames, "sink": run.sink, "ms": rows}
+        (folder / "wan_bench.json").write_text(json.dumps(record | result) + "\n")
 
 # %% ../../nbs/cli/bench_wan.ipynb #b1d83bb8
 @dataclass(frozen=True)
@@ -253,8 +253,8 @@ def report_wan_step(
 ) -> None:
     """Print what a benchmark `run` of a training step found, and write it to `run.out`.
 
-    The plan's figures stand beside it. `settings` are the plan's, `watch` holds the times by role, `record` is the last step's, and
-    `used` the peak memory in bytes on `device`.
+    The plan's figures stand beside it. `settings` are the plan's, `watch` holds the times by role,
+    `record` is the last step's, and `used` the peak memory in bytes on `device`.
     """
     budget, published, world = plan(settings), PRESETS["wan-1.3b"].distillation, settings.gpus
     seconds = {role: watch.mean_ms(role) / 1e3 for role in ("critic", "student")}

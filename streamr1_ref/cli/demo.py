@@ -20,7 +20,7 @@ from ..utils.runtime import seeded
 from ..utils.video import film_strip, side_by_side, write_gif, write_mp4
 
 # %% auto #0
-__all__ = ['curves_figure', 'saliency_figure', 'before_and_after', 'write_clips', 'metrics_table', 'demo']
+__all__ = ['curves_figure', 'saliency_figure', 'before_and_after', 'write_clips', 'metrics_table', 'write_results', 'demo']
 
 # %% ../../nbs/cli/demo.ipynb #c4b354f6
 def curves_figure(records: dict[str, list[dict]]) -> Figure:
@@ -100,6 +100,24 @@ def metrics_table(rows: dict[str, dict[str, float]], captions: int) -> str:
         lines.append(f"{name:22}" + "".join(f"{row[k]:14.3f}" for k in shown))
     return "\n".join(lines)
 
+# %% ../../nbs/cli/demo.ipynb #76e8e6c3
+def write_results(
+    folder: Path,
+    settings: dict[str, int],
+    rows: dict[str, dict[str, float]],
+    records: dict[str, list[dict]],
+    strips: list[torch.Tensor],
+) -> None:
+    """Write metrics.json, curves.png and strip.png into `folder`.
+
+    `settings` are the demo's, `rows` what was measured, `records` those of the steps and `strips`
+    pictures [H,W,3] in 0..1, all but the first by the name of the run.
+    """
+    report = {**settings, "rows": rows, "records": records}
+    (folder / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
+    curves_figure(records).savefig(folder / "curves.png", dpi=100)
+    before_and_after(strips, list(rows)).savefig(folder / "strip.png", dpi=100)
+
 # %% ../../nbs/cli/demo.ipynb #7981f76d
 def demo(
     out: str = "demo",
@@ -127,24 +145,19 @@ def demo(
     folder = writable_folder(out, needs=200_000_000)
     prompts = data_path("prompts.txt").read_text().splitlines()[:count]
     budget = AblationConfig(steps=steps, captions=captions, drift_captions=0)
-    reward, run = load_reward(), None
     strips, rows, logs = [], {}, {}
     for name in ("before", "DMD", "Stream-R1"):
-        if name == "before":
-            pipe = StreamR1Pipeline.from_pretrained("tiny-start")
-        else:
+        pipe = StreamR1Pipeline.from_pretrained("tiny-start")
+        if name != "before":
             run, logs[name] = distil(name, seed, budget, progress=True)
             pipe = pipeline_of(run)
         clips = pipe(prompts, seconds, seed, show=True)
-        rows[name] = measure(pipe, reward, budget, seed)
+        rows[name] = measure(pipe, load_reward(), budget, seed)
         strips.append(film_strip(clips[:3, :33]))
         write_clips(folder, name.lower(), clips, pipe.fps)
     pipe.save_pretrained(folder / "pipeline")
-    curves_figure(logs).savefig(folder / "curves.png", dpi=100)
     saliency_figure(run, prompts[:3]).savefig(folder / "saliency.png", dpi=100)
-    before_and_after(strips, list(rows)).savefig(folder / "strip.png", dpi=100)
-    report = {"seed": seed, "steps": steps, "captions": captions, "rows": rows, "records": logs}
-    (folder / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_results(folder, {"seed": seed, "steps": steps, "captions": captions}, rows, logs, strips)
     print("\n" + metrics_table(rows, captions))
     first = f"start with {folder / 'strip.png'} and {folder / 'stream-r1.mp4'}"
     print(f"\nvideos, figures, metrics.json and the distilled pipeline are in {folder}: {first}")

@@ -32,7 +32,8 @@ from ..wan.checkpoints import PromptFile, latent_size_of, wan_pipeline
 from ..wan.video_reward import RewardInput, load_video_reward
 
 # %% auto #0
-__all__ = ['WanVideoConfig', 'timed_frames', 'film', 'VideoJob', 'video_jobs', 'generate', 'score', 'evaluate', 'info']
+__all__ = ['WanVideoConfig', 'timed_frames', 'film', 'VideoJob', 'video_jobs', 'make_videos', 'generate', 'score', 'evaluate',
+           'info']
 
 # %% ../../nbs/cli/generate.ipynb #5d273860
 @dataclass(frozen=True)
@@ -173,6 +174,35 @@ def video_jobs(
         )
     return jobs
 
+# %% ../../nbs/cli/generate.ipynb #5c17aa89
+def make_videos(
+    pipe: StreamR1Pipeline,
+    jobs: Sequence[VideoJob],
+    folder: Path,
+    seconds: float,
+    enlarge: int,
+    model: str,
+) -> tuple[Path, int]:
+    """Make this process' share of the videos, and return the file of their records and how many.
+
+    `pipe` makes the `jobs` in `folder`, each `seconds` long; `enlarge` and `model`, the name of the
+    pipeline, go into the records. Raises ValueError for a prompt that the pipeline refuses, before
+    any video is made.
+    """
+    rank, world = process_and_count()
+    mine, made = jobs[rank::world], []
+    for text in dict.fromkeys(job.prompt for job in mine):
+        pipe.text([text])  # refuses unknown words and long prompts
+    if rank == 0:
+        shows = {job.file: job.title for job in jobs}
+        (folder / "prompts.json").write_text(json.dumps(shows, indent=1) + "\n")
+    record = folder / ("videos.json" if world == 1 else f"videos-{rank}.json")
+    for job in progress_bar(mine, "videos", rank == 0):
+        made.append(film(pipe, folder / job.file, job.prompt, seconds, job.seed, enlarge))
+        made[-1]["model"] = model
+        record.write_text(json.dumps(made, indent=1) + "\n")
+    return record, len(made)
+
 # %% ../../nbs/cli/generate.ipynb #d6f6f8df
 def generate(
     pipeline: Annotated[str, tyro.conf.Positional] = "tiny",
@@ -193,40 +223,26 @@ def generate(
     share the videos.
 
     Args:
-        pipeline: A preset (tiny, tiny-start), a folder of save_pretrained such as
-            runs/train/pipeline, or wan-1.3b.
+        pipeline: tiny, tiny-start, a folder such as runs/train/pipeline, or wan-1.3b.
         prompt: Prompts, each in quotes.
         prompts: File with one prompt a line.
         seconds: Length of each video.
         seed: Seed of the noise; sample i of a prompt has seed + i.
         samples: Videos of each prompt.
-        out: Folder for the videos, videos.json, which says how each was made, and prompts.json,
-            which says what each shows.
+        out: Folder for videos, videos.json (how each was made), prompts.json (what each shows).
         vbench: Name the videos as VBench does: PROMPT-0.mp4, ... instead of 000.mp4, ...
-        names: File with one line for each of `prompts`: what the videos are called and judged by,
-            where prompts were extended before.
-        enlarge: Each pixel becomes a square of this many; by default 8 in the tiny world, 1 with
-            Wan2.1.
+        names: File with a line for each of `prompts`: what its videos are called and judged by.
+        enlarge: Each pixel becomes a square of this many; by default 8, with Wan2.1 1.
         wan: For wan-1.3b.
     """
     given = [*prompt, *(PromptFile(prompts) if prompts else ())]
     titles = list(PromptFile(names)) if names else given
     jobs = video_jobs(given, titles, samples, seed, vbench)
-    folder, (rank, world) = writable_folder(out), process_and_count()
-    full, mine = pipeline == "wan-1.3b", jobs[rank::world]
+    folder, full = writable_folder(out), pipeline == "wan-1.3b"
     pipe = wan.load() if full else StreamR1Pipeline.from_pretrained(pipeline)
-    for text in dict.fromkeys(job.prompt for job in mine):
-        pipe.text([text])  # refuses unknown words and long prompts before any video is made
-    if rank == 0:
-        shows = {job.file: job.title for job in jobs}
-        (folder / "prompts.json").write_text(json.dumps(shows, indent=1) + "\n")
-    made, record = [], folder / ("videos.json" if world == 1 else f"videos-{rank}.json")
     size, model = enlarge or (1 if full else 8), wan.checkpoint if full else pipeline
-    for job in progress_bar(mine, "videos", rank == 0):
-        made.append(film(pipe, folder / job.file, job.prompt, seconds, job.seed, size))
-        made[-1]["model"] = model
-        record.write_text(json.dumps(made, indent=1) + "\n")
-    print(f"wrote {len(made)} videos and {record.name} to {folder}")
+    record, made = make_videos(pipe, jobs, folder, seconds, size, model)
+    print(f"wrote {made} videos and {record.name} to {folder}")
 
 # %% ../../nbs/cli/generate.ipynb #2e245237
 def score(

@@ -43,7 +43,7 @@ COMMANDS = {
 # commands whose defaults depend on a preset in the command line: what makes them of it
 FROM_ARGUMENTS = {"train": "train_command", "plan": "plan_command"}
 
-
+# %% ../../nbs/cli/cli.ipynb #dd2a7d7d
 def about(command: str) -> str:
     """Return what a `command` does, the first line of its docstring, without importing it."""
     module, function = COMMANDS[command].split(":")
