@@ -1,4 +1,4 @@
-"""The exact teacher against lists of all clips, and a training on it that is stopped."""
+"""The exact teacher against lists of all clips, and what a training on it uses."""
 
 import math
 
@@ -8,11 +8,10 @@ import torch
 from streamr1_ref.tiny.better_teacher import (
     Muon,
     ScoreConfig,
-    ScoreTrainer,
+    ScoreMethod,
     orthogonalise,
     save_next,
     score_batch,
-    train_on_score,
 )
 from streamr1_ref.tiny.codec import fit_codec, load_codec
 from streamr1_ref.tiny.exact import (
@@ -26,7 +25,7 @@ from streamr1_ref.tiny.exact import (
     mixture_mean,
     place_clips,
 )
-from streamr1_ref.tiny.teacher import TinyTeacher
+from streamr1_ref.tiny.teacher import TinyTeacher, ema_model, tiny_trainer
 from streamr1_ref.tiny.world import all_captions, caption_split, parse_caption
 from streamr1_ref.transformer import WanConfig
 from streamr1_ref.utils.files import data_path, load_tensors
@@ -134,26 +133,6 @@ def test_refusals_name_the_argument(small_codec):
         place_clips([parse_caption(caption)], torch.ones(1, 8, 8), start, SMALL)
 
 
-def test_a_stopped_training_ends_with_the_same_bits(small_codec, tmp_path):
-    cfg = ScoreConfig(batch=4, short_steps=3, short_latents=1, save_every=2)
-
-    def trainer():
-        return ScoreTrainer(cfg, small_codec, net_for(small_codec), SMALL)
-
-    train_on_score(trainer(), tmp_path / "whole", 6)
-    for until in (2, 4, 6):
-        train_on_score(trainer(), tmp_path / "parts", until)
-    a, b = (
-        load_tensors(tmp_path / name / "checkpoint.safetensors")[0] for name in ("whole", "parts")
-    )
-    assert set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
-    logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("whole", "parts")]
-    assert logs[0] == logs[1] and len(logs[0].splitlines()) == 3
-    with pytest.raises(ValueError, match="was made with"):
-        other = ScoreTrainer(ScoreConfig(lr=1.0), small_codec, net_for(small_codec), SMALL)
-        train_on_score(other, tmp_path / "whole", 8)
-
-
 def net_for(codec):
     """The small network for the channels of `codec`."""
     return WanConfig(
@@ -168,12 +147,13 @@ def net_for(codec):
 
 def test_saved_weights_come_back(small_codec, tmp_path):
     cfg = ScoreConfig(batch=2, short_steps=0, save_every=1)
-    trainer = ScoreTrainer(cfg, small_codec, net_for(small_codec), SMALL)
-    train_on_score(trainer, tmp_path, 1)
-    path = save_next(tmp_path / "weights.safetensors", tmp_path / "checkpoint.safetensors")
+    method = ScoreMethod(cfg, small_codec, net_for(small_codec), SMALL)
+    trainer = tiny_trainer(method, tmp_path, 1)
+    trainer.train(progress=False)
+    path = save_next(tmp_path / "weights.safetensors", tmp_path)
     teacher = load_next(path, small_codec)
     assert isinstance(teacher, TinyTeacher) and teacher.world == SMALL
-    wanted, got = trainer.average.state_dict(), teacher.model.state_dict()
+    wanted, got = ema_model(trainer).state_dict(), teacher.model.state_dict()
     assert all(torch.equal(got[k], v.half().float()) for k, v in wanted.items())
 
 
