@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -15,115 +15,105 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from fastcore.basics import patch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .utils.checks import check_tensor
 
 # %% auto #0
-__all__ = ['Memory', 'WRAPPERS', 'PREFIXES', 'DIFFUSERS_NAMES', 'DIFFUSERS_BLOCK_NAMES', 'WanConfig', 'to_tokens', 'from_tokens',
-           'sinusoidal_embedding', 'rotary_frequencies', 'rotary_table', 'rotate', 'attend', 'Attention', 'modulate',
-           'gate', 'Block', 'Head', 'Cache', 'WanTransformer', 'check_inputs', 'unwrap_state_dict', 'translate',
-           'to_diffusers_name', 'to_official_name', 'load_wan_weights']
+__all__ = ['Kernel', 'WRAPPERS', 'PREFIXES', 'DIFFUSERS_NAMES', 'DIFFUSERS_BLOCK_NAMES', 'WanConfig', 'to_tokens', 'from_tokens',
+           'sinusoidal_embedding', 'rotary_frequencies', 'rotary_table', 'rotate', 'attend', 'LayerCache', 'Attention',
+           'modulate', 'gate', 'Block', 'Head', 'check_inputs', 'KVCache', 'WanTransformer', 'unwrap_state_dict',
+           'translate', 'to_diffusers_name', 'to_official_name', 'load_wan_weights']
 
 # %% ../nbs/03_transformer.ipynb #aa5b0636
 @dataclass(frozen=True)
 class WanConfig:
-    """Sizes of the transformer; the defaults are the tiny world's. Raises ValueError for sizes that do not divide."""
+    """Sizes of the transformer; the defaults are the tiny world's.
+
+    Raises ValueError if `dim` does not divide into heads of an even width of at least 6, and for an
+    odd `freq_dim`.
+    """
 
     dim: int = 128  # width of a token
     ffn_dim: int = 512  # width inside the feed-forward part
-    num_heads: int = 4
-    num_layers: int = 4
+    num_heads: int = 4  # heads of an attention; each is dim / num_heads wide
+    num_layers: int = 4  # blocks of attention and feed-forward
     in_channels: int = 16  # channels of the latents
-    out_channels: int = 16
+    out_channels: int = 16  # channels of the predicted flow
     text_dim: int = 64  # width of a prompt embedding
     text_len: int = 8  # prompts are padded with zeros to this length
     freq_dim: int = 128  # width of the sinusoidal timestep embedding
-    patch_size: tuple[int, int, int] = (
-        1,
-        2,
-        2,
-    )  # latent frames, rows and columns that make one token
-    eps: float = 1e-6
-    latent_size: tuple[int, int] = (
-        8,
-        8,
-    )  # rows and columns of the latents it is trained on; streams start with it, nothing else does
+    patch_size: tuple[int, int, int] = (1, 2, 2)  # latent frames, rows and columns of a token
+    eps: float = 1e-6  # of all norms
+    # rows and columns of the latents it is trained on; only streams use it, as their default size
+    latent_size: tuple[int, int] = (8, 8)
 
     def __post_init__(self):
         if self.dim % self.num_heads or self.head_dim % 2 or self.head_dim < 6:
             raise ValueError(
-                f"dim, num_heads: expected dim / num_heads to be even and at least 6, got {self.dim} / {self.num_heads}"
+                "dim, num_heads: expected dim / num_heads to be even and at least 6, "
+                f"got {self.dim} / {self.num_heads}"
             )
         if self.freq_dim % 2:
             raise ValueError(f"freq_dim: expected an even number, got {self.freq_dim}")
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head."""
         return self.dim // self.num_heads
 
-# %% ../nbs/03_transformer.ipynb #b6df4f33
-@patch(cls_method=True)
-def tiny(cls: WanConfig) -> WanConfig:
-    "The tiny world's network: 1.2 million parameters."
-    return cls()
+    @classmethod
+    def tiny(cls) -> WanConfig:
+        """Return the sizes of the tiny world's network, 1.2 million parameters."""
+        return cls()
 
+    @classmethod
+    def wan_1_3b(cls) -> WanConfig:
+        """Return the sizes of Wan2.1-T2V-1.3B (2503.20314)."""
+        sizes = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30}
+        return cls(**sizes, text_dim=4096, text_len=512, freq_dim=256, latent_size=(60, 104))
 
-@patch(cls_method=True)
-def wan_1_3b(cls: WanConfig) -> WanConfig:
-    "Wan2.1-T2V-1.3B."
-    return cls(
-        dim=1536,
-        ffn_dim=8960,
-        num_heads=12,
-        num_layers=30,
-        text_dim=4096,
-        text_len=512,
-        freq_dim=256,
-        latent_size=(60, 104),
-    )
-
-
-@patch(cls_method=True)
-def wan_14b(cls: WanConfig) -> WanConfig:
-    "Wan2.1-T2V-14B."
-    return cls(
-        dim=5120,
-        ffn_dim=13824,
-        num_heads=40,
-        num_layers=40,
-        text_dim=4096,
-        text_len=512,
-        freq_dim=256,
-        latent_size=(60, 104),
-    )
+    @classmethod
+    def wan_14b(cls) -> WanConfig:
+        """Return the sizes of Wan2.1-T2V-14B (2503.20314)."""
+        sizes = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
+        return cls(**sizes, text_dim=4096, text_len=512, freq_dim=256, latent_size=(60, 104))
 
 # %% ../nbs/03_transformer.ipynb #e55cb87a
 def to_tokens(x: torch.Tensor, patch_size: tuple[int, int, int]) -> torch.Tensor:
-    """Latents [B,F,C,H,W] -> patch vectors [B,f,h,w,C*p*q*r] (channel first), a patch being p frames x q rows x r columns."""
+    """Return the patch vectors [B,f,h,w,C*p*q*r] (channel first) of latents x [B,F,C,H,W].
+
+    A patch is p frames x q rows x r columns, `patch_size` = (p, q, r).
+    """
     p, q, r = patch_size
     return rearrange(x, "b (f p) c (h q) (w r) -> b f h w (c p q r)", p=p, q=q, r=r)
 
 
 def from_tokens(vectors: torch.Tensor, patch_size: tuple[int, int, int]) -> torch.Tensor:
-    """Patch vectors as the head writes them, [B,f,h,w,p*q*r*C] (channel last) -> latents [B,F,C,H,W]."""
+    """Return the latents [B,F,C,H,W] of patch `vectors` [B,f,h,w,p*q*r*C] (channel last).
+
+    That is the order in which the head writes them; `patch_size` as in `to_tokens`.
+    """
     p, q, r = patch_size
     return rearrange(vectors, "b f h w (p q r c) -> b (f p) c (h q) (w r)", p=p, q=q, r=r)
 
 # %% ../nbs/03_transformer.ipynb #b74f302d
 def sinusoidal_embedding(timestep: torch.Tensor, dim: int) -> torch.Tensor:
-    """Timesteps [...] -> float32 [...,dim]: cosines, then sines, at dim/2 frequencies falling from 1 to 1e-4."""
-    frequency = 10000.0 ** (
-        -torch.arange(dim // 2, dtype=torch.float64, device=timestep.device) / (dim // 2)
-    )
-    angle = timestep.double()[..., None] * frequency
+    """Return the embedding [...,dim], float32, of `timestep` [...]: cosines, then sines.
+
+    The dim/2 frequencies fall from 1 to 1e-4 (Vaswani et al., 1706.03762, sec. 3.5).
+    """
+    i = torch.arange(dim // 2, dtype=torch.float64, device=timestep.device)
+    angle = timestep.double()[..., None] * 10000.0 ** (-i / (dim // 2))
     return torch.cat([angle.cos(), angle.sin()], -1).float()
 
 # %% ../nbs/03_transformer.ipynb #112314a5
 def rotary_frequencies(head_dim: int) -> list[torch.Tensor]:
-    """Radians per step, float64, of the channel pairs that turn with frame, row and column; head_dim/2 pairs together."""
+    """Return three tensors, float64 radians per step: channel pairs of frame, row and column.
+
+    Together they have head_dim/2 entries, [d_frame/2], [d_row/2] and [d_column/2].
+    """
     space = 2 * (head_dim // 6)
     return [
         10000.0 ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
@@ -132,29 +122,29 @@ def rotary_frequencies(head_dim: int) -> list[torch.Tensor]:
 
 # %% ../nbs/03_transformer.ipynb #4f826313
 def rotary_table(frames: torch.Tensor, height: int, width: int, head_dim: int) -> torch.Tensor:
-    """Cosines and sines [2, f*height*width, head_dim/2], float64, for tokens in the order frame, row, column.
+    """Return cosines and sines [2,f*height*width,head_dim/2], float64, for each token of a clip.
 
-    `frames` [f] are the frames' positions: any numbers, not only 0, 1, 2, ... There is no table that could run out.
+    Tokens are in the order frame, row, column. `frames` [f] are the frames' positions: any numbers,
+    not only 0, 1, 2, ... There is no table that could run out. `height` and `width` count tokens,
+    `head_dim` channels.
     """
-    device = frames.device
-    positions = (
-        frames.double(),
-        torch.arange(height, device=device).double(),
-        torch.arange(width, device=device).double(),
-    )
+    device, grid = frames.device, (len(frames), height, width)
+    rows, columns = (torch.arange(n, device=device).double() for n in (height, width))
+    positions = (frames.double(), rows, columns)
     f, h, w = (
-        p[:, None] * frequency.to(device)
-        for p, frequency in zip(positions, rotary_frequencies(head_dim))
+        position[:, None] * frequency.to(device)
+        for position, frequency in zip(positions, rotary_frequencies(head_dim))
     )
-    grid = (len(frames), height, width)
-    angle = torch.cat(
-        [f[:, None, None].expand(*grid, -1), h[:, None].expand(*grid, -1), w.expand(*grid, -1)], -1
-    ).flatten(0, 2)
+    parts = (f[:, None, None], h[:, None], w)
+    angle = torch.cat([part.expand(*grid, -1) for part in parts], -1).flatten(0, 2)
     return torch.stack([angle.cos(), angle.sin()])
 
 # %% ../nbs/03_transformer.ipynb #1097ebf8
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Turn the channel pairs (2i, 2i+1) of x [B,N,heads,head_dim] by the angles of `table` [2,N,head_dim/2]."""
+    """Return x [B,N,heads,head_dim] with channel pairs (2i, 2i+1) turned by the angles of `table`.
+
+    `table` [2,N,head_dim/2] is that of `rotary_table`; the result has the dtype of x.
+    """
     cos, sin = table.to(torch.promote_types(x.dtype, torch.float32))[:, :, None]
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
@@ -163,20 +153,42 @@ def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) v for q [B,N,heads,d] and k, v [B,M,heads,d] -> [B,N,heads*d]; `mask` bool [N,M], True = may look."""
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
-    )
-    return out.transpose(1, 2).flatten(2)
+    """Return softmax(q k^T / sqrt(d)) v, [B,N,heads*d], for q [B,N,heads,d] and k, v [B,M,heads,d].
+
+    `mask` bool [N,M] is True where a query may look at a key; None: everywhere.
+    """
+    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 # %% ../nbs/03_transformer.ipynb #40c236b8
-Memory = Callable[
-    [torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
-]  # keys and values [B,N,heads,d] of a call -> all to see
+Kernel = Callable[..., torch.Tensor]  # attention as `attend` computes it
+
+
+class LayerCache(Protocol):
+    """The past of one layer in one call: it sees the queries and decides what they attend to."""
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        write: bool,
+        kernel: Kernel = attend,
+    ) -> torch.Tensor:
+        """Return attention of q to the past and to this call's k, v: [B,N,heads*d].
+
+        q, k and v [B,N,heads,d] are not rotated, since the cache owns positions. With `write` the
+        call is on finished latents, and the cache keeps k and v; else it keeps nothing. `kernel` is
+        the layer's attention function, which the cache should use.
+        """
 
 
 class Attention(nn.Module):
-    """Multi-head attention with queries and keys RMS-normed over the whole width; to itself, or to a context."""
+    """Multi-head attention with queries and keys RMS-normed over the whole width.
+
+    Tokens are `dim` wide and are split over `num_heads` heads; `eps` is that of the norms.
+    """
 
     def __init__(self, dim: int, num_heads: int, eps: float = 1e-6):
         super().__init__()
@@ -185,51 +197,68 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
         self.attend = attend
 
+    def heads(self, y: torch.Tensor) -> torch.Tensor:
+        """Return y [B,N,dim] split into heads, [B,N,heads,d]."""
+        return y.unflatten(-1, (self.num_heads, -1))
+
     def forward(
         self,
         x: torch.Tensor,
         context: torch.Tensor | None = None,
         table: torch.Tensor | None = None,
-        memory: Memory | None = None,
+        cache: LayerCache | None = None,
         mask: torch.Tensor | None = None,
+        write: bool = False,
     ) -> torch.Tensor:
-        """x [B,N,dim]; context [B,M,dim], or None for self-attention; rotary `table` [2,N,head_dim/2] or None -> [B,N,dim]."""
+        """Return [B,N,dim] for x [B,N,dim], which attends to `context` [B,M,dim] or to itself.
+
+        `table` [2,N,head_dim/2] rotates queries and keys; `mask` bool [N,M] is True where a query
+        may look. A `cache` decides both by itself, and with `write` it keeps this call's keys and
+        values. Raises ValueError if it returns another number of queries than it was given.
+        """
         context = x if context is None else context
-        heads = lambda y: y.unflatten(-1, (self.num_heads, -1))
-        q, k, v = (
-            heads(self.norm_q(self.q(x))),
-            heads(self.norm_k(self.k(context))),
-            heads(self.v(context)),
-        )
-        if table is not None:
-            q, k = rotate(q, table), rotate(k, table) if memory is None else k
-        k, v = (k, v) if memory is None else memory(k, v)
-        return self.o(self.attend(q, k, v, mask))
+        q, k = self.heads(self.norm_q(self.q(x))), self.heads(self.norm_k(self.k(context)))
+        v = self.heads(self.v(context))
+        if cache is None:
+            if table is not None:
+                q, k = rotate(q, table), rotate(k, table)
+            return self.o(self.attend(q, k, v, mask))
+        out = cache.attend(q, k, v, write=write, kernel=self.attend)
+        if out.shape != x.shape:
+            raise ValueError(
+                f"cache: expected {type(cache).__name__}.attend to return one row a query, "
+                f"{list(x.shape)}, got {list(out.shape)}"
+            )
+        return self.o(out)
 
 # %% ../nbs/03_transformer.ipynb #874b126b
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x (1 + scale) + shift frame by frame, in float32 or better: x [B,f*n,dim], shift and scale [B,f,dim]."""
+    """Return x (1 + scale) + shift, frame by frame, [B,f*n,dim], computed in float32 or better.
+
+    x is [B,f*n,dim], `shift` and `scale` are [B,f,dim]; f = 1 is one timestep for all frames.
+    """
     y = x.unflatten(1, (shift.shape[1], -1)).to(torch.promote_types(x.dtype, torch.float32))
     return (y * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2).to(x.dtype)
 
 
 def gate(x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
-    """x [B,f*n,dim] times a gate [B,f,dim], frame by frame."""
+    """Return x [B,f*n,dim] times the gate `by` [B,f,dim], frame by frame: [B,f*n,dim]."""
     return (x.unflatten(1, (by.shape[1], -1)) * by[:, :, None]).flatten(1, 2).to(x.dtype)
 
 # %% ../nbs/03_transformer.ipynb #4ef5ee5b
 class Block(nn.Module):
-    """One layer: modulated self-attention, cross-attention to the prompt, modulated feed-forward; each added to its input."""
+    """One layer of the sizes `cfg`: self-attention, cross-attention to the prompt, feed-forward.
+
+    Each part is added to its input; the first and the last are modulated by the noise level.
+    """
 
     def __init__(self, cfg: WanConfig):
         super().__init__()
-        self.norm1, self.norm2 = (
-            nn.LayerNorm(cfg.dim, cfg.eps, elementwise_affine=False) for _ in range(2)
-        )
+        self.norm1 = nn.LayerNorm(cfg.dim, cfg.eps, elementwise_affine=False)
+        self.norm2 = nn.LayerNorm(cfg.dim, cfg.eps, elementwise_affine=False)
         self.norm3 = nn.LayerNorm(cfg.dim, cfg.eps)
-        self.self_attn, self.cross_attn = (
-            Attention(cfg.dim, cfg.num_heads, cfg.eps) for _ in range(2)
-        )
+        self.self_attn = Attention(cfg.dim, cfg.num_heads, cfg.eps)
+        self.cross_attn = Attention(cfg.dim, cfg.num_heads, cfg.eps)
         self.ffn = nn.Sequential(
             nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU("tanh"), nn.Linear(cfg.ffn_dim, cfg.dim)
         )
@@ -240,24 +269,30 @@ class Block(nn.Module):
         x: torch.Tensor,
         time: torch.Tensor,
         context: torch.Tensor,
-        table: torch.Tensor,
-        memory: Memory | None = None,
+        table: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
         mask: torch.Tensor | None = None,
+        write: bool = False,
     ) -> torch.Tensor:
-        """Tokens x [B,N,dim], time [B,f,6,dim], prompt context [B,L,dim], rotary table [2,N,head_dim/2] -> [B,N,dim]."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unbind(2)
-        x = x + gate(
-            self.self_attn(
-                modulate(self.norm1(x), shift1, scale1), table=table, memory=memory, mask=mask
-            ),
-            gate1,
-        )
+        """Return tokens [B,N,dim] for tokens x [B,N,dim].
+
+        `time` [B,f,6,dim] is the noise level's projection, `context` [B,L,dim] the prompt, and
+        `table` [2,N,head_dim/2] rotates; `cache`, `mask` and `write` are those of `Attention`.
+        """
+        shifts, scales, gates = (self.modulation + time).unflatten(2, (2, 3)).unbind(3)
+        shown = modulate(self.norm1(x), shifts[:, :, 0], scales[:, :, 0])
+        attended = self.self_attn(shown, None, table, cache, mask, write)
+        x = x + gate(attended, gates[:, :, 0])
         x = x + self.cross_attn(self.norm3(x), context)
-        return x + gate(self.ffn(modulate(self.norm2(x), shift2, scale2)), gate2)
+        shown = modulate(self.norm2(x), shifts[:, :, 1], scales[:, :, 1])
+        return x + gate(self.ffn(shown), gates[:, :, 1])
 
 # %% ../nbs/03_transformer.ipynb #214f7e5a
 class Head(nn.Module):
-    """The last layer norm, modulated by the clock, and the linear layer to patch vectors."""
+    """The last layer norm, modulated by the noise level, and the linear layer to patch vectors.
+
+    `cfg` says how wide tokens and patch vectors are.
+    """
 
     def __init__(self, cfg: WanConfig):
         super().__init__()
@@ -266,74 +301,29 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, cfg.dim) / cfg.dim**0.5)
 
     def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """Tokens x [B,N,dim] and time [B,f,dim] -> patch vectors [B,N,p*q*r*out_channels], channel last."""
+        """Return patch vectors [B,N,p*q*r*out_channels], channel last.
+
+        x [B,N,dim] are the tokens, `time` [B,f,dim] is the noise level's vector.
+        """
         shift, scale = (self.modulation + time[:, :, None]).unbind(2)
         return self.head(modulate(self.norm(x), shift, scale))
-
-# %% ../nbs/03_transformer.ipynb #0fcb8f8f
-class Cache(Protocol):
-    """The past of a stream; chapter 05 writes the classes."""
-
-    def recall(
-        self, batch: int, frames: int, grid: tuple[int, int]
-    ) -> tuple[torch.Tensor, list[Memory]]:
-        "Rotary table for the queries of a call on frames of `grid` (rows, columns) tokens, and one memory per layer."
-
-
-class WanTransformer(nn.Module):
-    """Wan2.1's text-to-video transformer (2503.20314, sec. 4.2). Parameters are named as in the official checkpoints."""
-
-    def __init__(self, cfg: WanConfig):
-        super().__init__()
-        self.cfg = cfg
-        self.patch_embedding = nn.Conv3d(cfg.in_channels, cfg.dim, cfg.patch_size, cfg.patch_size)
-        self.text_embedding = nn.Sequential(
-            nn.Linear(cfg.text_dim, cfg.dim), nn.GELU("tanh"), nn.Linear(cfg.dim, cfg.dim)
-        )
-        self.time_embedding = nn.Sequential(
-            nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim)
-        )
-        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
-        self.head = Head(cfg)
-        self.checkpointing = (
-            False  # keep only what enters a layer for the backward pass, and compute the rest again
-        )
-
-# %% ../nbs/03_transformer.ipynb #95acaae4
-@patch
-def embed_patches(self: WanTransformer, x_t: torch.Tensor) -> torch.Tensor:
-    "Latents [B,F,C,H,W] -> tokens [B,f,h,w,dim]."
-    conv = self.patch_embedding
-    return F.linear(to_tokens(x_t, self.cfg.patch_size), conv.weight.flatten(1), conv.bias)
-
-
-@patch
-def embed_time(self: WanTransformer, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    "Timesteps [B,f] -> the clock's vector [B,f,dim] for the head and its projection [B,f,6,dim] for the blocks."
-    time = self.time_embedding(
-        sinusoidal_embedding(timestep, self.cfg.freq_dim).to(self.patch_embedding.weight.dtype)
-    )
-    return time, self.time_projection(time).unflatten(-1, (6, -1))
-
-
-@patch
-def embed_prompt(self: WanTransformer, prompt_embeds: torch.Tensor) -> torch.Tensor:
-    "Prompt embeddings [B,L,text_dim] -> context [B,text_len,dim]; missing tokens are zero vectors before the embedding."
-    return self.text_embedding(
-        F.pad(prompt_embeds, (0, 0, 0, self.cfg.text_len - prompt_embeds.shape[1]))
-    )
 
 # %% ../nbs/03_transformer.ipynb #15cb8cb5
 def check_inputs(
     cfg: WanConfig, x_t: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor
 ) -> None:
-    """Raise a ValueError or TypeError that names the argument unless the three fit each other and `cfg`."""
+    """Raise an error that names the argument unless the three fit each other and `cfg`.
+
+    Expected are `x_t` [B,F,C,H,W] in multiples of the patch size, `timestep` [B] or [B,f] and
+    `prompt_embeds` [B,L,text_dim] with L <= text_len. ValueError for shapes, TypeError for anything
+    but floating-point tensors.
+    """
     B, n, _, H, W = check_tensor("x_t", x_t, "B F C H W", C=cfg.in_channels).shape
     p, q, r = cfg.patch_size
     if n % p or H % q or W % r:
         raise ValueError(
-            f"x_t: expected frames, height and width in multiples of patch_size={cfg.patch_size}, got {n}, {H}, {W}"
+            "x_t: expected frames, height and width in multiples of "
+            f"patch_size={cfg.patch_size}, got {n}, {H}, {W}"
         )
     if timestep.shape not in ((B,), (B, n // p)):
         raise ValueError(
@@ -345,40 +335,131 @@ def check_inputs(
             f"prompt_embeds: expected at most text_len={cfg.text_len} tokens, got {length}"
         )
 
-# %% ../nbs/03_transformer.ipynb #506d5bac
-@patch
-def forward(
-    self: WanTransformer,
-    x_t: torch.Tensor,
-    timestep: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    cache: Cache | None = None,
-    mask: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Flow [B,F,C,H,W] for noisy latents alike, timestep [B] or [B,F] in [0,1000] and prompt_embeds [B,L,text_dim], L <= text_len.
+# %% ../nbs/03_transformer.ipynb #0fcb8f8f
+class KVCache(Protocol):
+    """The past of a stream in all layers; chapter 05 writes the classes.
 
-    With a `cache`, x_t is the block that is open in it. Without: `mask` bool [N,N] over tokens, and `positions` [F] of the frames, by default 0, 1, ...
+    A block of a stream is made by `begin_block`, any number of calls of the network, one of them
+    with write=True on finished latents, and `commit`. A cache may also have a method
+    `check_call(batch, frames, grid)`, which the network calls before any work.
     """
-    check_inputs(self.cfg, x_t, timestep, prompt_embeds)
-    tokens = self.embed_patches(x_t)
-    f, h, w = tokens.shape[1:4]
-    time, time6 = self.embed_time(timestep if timestep.ndim == 2 else timestep[:, None])
-    if cache is None:
-        frames = torch.arange(f, device=x_t.device) if positions is None else positions
-        table, memories = rotary_table(frames, h, w, self.cfg.head_dim), [None] * len(self.blocks)
-    else:
-        table, memories = cache.recall(len(x_t), f, (h, w))
-    x, context = tokens.flatten(1, 3), self.embed_prompt(prompt_embeds)
-    again = self.checkpointing and torch.is_grad_enabled()
-    for block, memory in zip(self.blocks, memories):
-        run = (
-            partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
-            if again
-            else block
+
+    def begin_block(self, frames: int) -> None:
+        """Open a block of so many `frames`: all calls until `commit` are calls on this block."""
+
+    def commit(self, frames: int | None = None) -> None:
+        """Make the first `frames` frames of the open block (None: all) the past, forget others."""
+
+    def layers(self) -> Sequence[LayerCache]:
+        """Return one cache a layer, for one call on the open block."""
+
+    def reset(self) -> None:
+        """Forget everything, so that another stream can begin."""
+
+    def on_event(self, event: str) -> None:
+        """Take note of an event between two blocks, such as "prompt": another prompt follows."""
+
+# %% ../nbs/03_transformer.ipynb #506d5bac
+class WanTransformer(nn.Module):
+    """Wan2.1's text-to-video transformer (2503.20314, sec. 4.2) of the sizes `cfg`.
+
+    Parameters are named as in the official checkpoints. With `checkpointing` set to True only what
+    enters a layer is kept for the backward pass, which computes the rest again.
+    """
+
+    def __init__(self, cfg: WanConfig):
+        super().__init__()
+        self.cfg, self.checkpointing = cfg, False
+        self.patch_embedding = nn.Conv3d(cfg.in_channels, cfg.dim, cfg.patch_size, cfg.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(cfg.text_dim, cfg.dim), nn.GELU("tanh"), nn.Linear(cfg.dim, cfg.dim)
         )
-        x = run(x, time6, context, table, memory, mask)
-    return from_tokens(self.head(x, time).unflatten(1, (f, h, w)), self.cfg.patch_size)
+        self.time_embedding = nn.Sequential(
+            nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
+        self.head = Head(cfg)
+
+    def embed_patches(self, x_t: torch.Tensor) -> torch.Tensor:
+        """Return the tokens [B,f,h,w,dim] of latents x_t [B,F,C,H,W]."""
+        conv = self.patch_embedding
+        return F.linear(to_tokens(x_t, self.cfg.patch_size), conv.weight.flatten(1), conv.bias)
+
+    def embed_time(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the vector [B,f,dim] of `timestep` [B,f] and its projection [B,f,6,dim].
+
+        The head is modulated by the first, the blocks by the second.
+        """
+        waves = sinusoidal_embedding(timestep, self.cfg.freq_dim)
+        time = self.time_embedding(waves.to(self.patch_embedding.weight.dtype))
+        return time, self.time_projection(time).unflatten(-1, (6, -1))
+
+    def embed_prompt(self, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        """Return the context [B,text_len,dim] of `prompt_embeds` [B,L,text_dim].
+
+        Missing tokens are zero vectors before the embedding.
+        """
+        missing = self.cfg.text_len - prompt_embeds.shape[1]
+        return self.text_embedding(F.pad(prompt_embeds, (0, 0, 0, missing)))
+
+    def layer_caches(
+        self, cache: KVCache, batch: int, frames: int, grid: tuple[int, int]
+    ) -> Sequence[LayerCache]:
+        """Return one layer cache a block for a call on `batch` clips of `frames` frames of `grid`.
+
+        `grid` is (rows, columns) of tokens. Raises ValueError if `cache` has another number.
+        """
+        if hasattr(cache, "check_call"):
+            cache.check_call(batch, frames, grid)
+        layers = cache.layers()
+        if len(layers) != len(self.blocks):
+            raise ValueError(
+                f"cache: expected {type(cache).__name__}.layers to return one cache for each of "
+                f"{len(self.blocks)} layers, got {len(layers)}"
+            )
+        return layers
+
+    def forward(
+        self,
+        x_t: torch.Tensor,
+        timestep: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        cache: KVCache | None = None,
+        mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        write: bool = False,
+    ) -> torch.Tensor:
+        """Return the flow [B,F,C,H,W] of noisy latents x_t [B,F,C,H,W].
+
+        `timestep` [B] or [B,F] is in [0,1000], `prompt_embeds` [B,L,text_dim] with L <= text_len.
+        With a `cache`, x_t is the block that is open in it, and `write` says that its latents are
+        finished and its keys and values are to be kept. Without one, `mask` bool [N,N] over tokens
+        says which keys (columns) a query (row) may look at, and `positions` [F] are the frames'
+        positions, by default 0, 1, ... Raises ValueError for arguments that do not fit.
+        """
+        check_inputs(self.cfg, x_t, timestep, prompt_embeds)
+        if cache is None and write:
+            raise ValueError("write: expected a cache to write to, got none")
+        if cache is not None and not (mask is None and positions is None):
+            raise ValueError("mask, positions: expected none with a cache, which decides both")
+        p, q, r = self.cfg.patch_size
+        f, h, w = x_t.shape[1] // p, x_t.shape[3] // q, x_t.shape[4] // r
+        if cache is None:
+            frames = torch.arange(f, device=x_t.device) if positions is None else positions
+            table = rotary_table(frames, h, w, self.cfg.head_dim)
+            layers = [None] * len(self.blocks)
+        else:
+            table, layers = None, self.layer_caches(cache, len(x_t), f, (h, w))
+        time, time6 = self.embed_time(timestep if timestep.ndim == 2 else timestep[:, None])
+        x, context = self.embed_patches(x_t).flatten(1, 3), self.embed_prompt(prompt_embeds)
+        again = self.checkpointing and torch.is_grad_enabled()
+        for block, layer in zip(self.blocks, layers):
+            run = block
+            if again:
+                run = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+            x = run(x, time6, context, table, layer, mask, write)
+        return from_tokens(self.head(x, time).unflatten(1, (f, h, w)), self.cfg.patch_size)
 
 # %% ../nbs/03_transformer.ipynb #182c8eb2
 WRAPPERS = ("generator_ema", "generator", "critic", "model")  # searched in this order
@@ -386,9 +467,10 @@ PREFIXES = ("model", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_ori
 
 
 def unwrap_state_dict(state_dict: dict) -> dict[str, torch.Tensor]:
-    """The flat {name: tensor} inside a checkpoint: the first of WRAPPERS if there is one, without wrapper classes' prefixes.
+    """Return the flat {name: tensor} inside a checkpoint, without wrapper classes' prefixes.
 
-    Raises ValueError if two names become one.
+    That is the first of WRAPPERS if `state_dict` has one, else itself. Raises ValueError if two
+    names become one.
     """
     for wrapper in WRAPPERS:
         if isinstance(state_dict.get(wrapper), dict):
@@ -412,28 +494,23 @@ DIFFUSERS_NAMES = {
     "head.modulation": "scale_shift_table",
     "head.head": "proj_out",
 }
+_ATTENTION_NAMES = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
+_ATTENTION_NAMES |= {"norm_q": "norm_q", "norm_k": "norm_k"}
 DIFFUSERS_BLOCK_NAMES = {
     "modulation": "scale_shift_table",
     "norm3": "norm2",
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
-    **{
-        f"{kind}_attn.{official}": f"attn{n}.{theirs}"
-        for n, kind in ((1, "self"), (2, "cross"))
-        for official, theirs in (
-            ("q", "to_q"),
-            ("k", "to_k"),
-            ("v", "to_v"),
-            ("o", "to_out.0"),
-            ("norm_q", "norm_q"),
-            ("norm_k", "norm_k"),
-        )
-    },
+    **{f"self_attn.{ours}": f"attn1.{theirs}" for ours, theirs in _ATTENTION_NAMES.items()},
+    **{f"cross_attn.{ours}": f"attn2.{theirs}" for ours, theirs in _ATTENTION_NAMES.items()},
 }
 
 
 def translate(name: str, top: dict[str, str], block: dict[str, str]) -> str:
-    """Replace the stem of a tensor name by what `top` (or `block`, behind "blocks.N.") says; unknown stems stay."""
+    """Return the tensor `name` with its stem replaced by what `top` says; unknown stems stay.
+
+    Behind "blocks.N." it is `block` that says it.
+    """
     found = re.match(r"blocks\.\d+\.", name)
     prefix, rest, stems = (found[0], name[found.end() :], block) if found else ("", name, top)
     for stem, other in stems.items():
@@ -443,43 +520,38 @@ def translate(name: str, top: dict[str, str], block: dict[str, str]) -> str:
 
 # %% ../nbs/03_transformer.ipynb #38b7e0d8
 def to_diffusers_name(name: str) -> str:
-    """Official tensor name -> its name in diffusers' WanTransformer3DModel."""
+    """Return the name in diffusers' WanTransformer3DModel of the tensor with official `name`."""
     return translate(name, DIFFUSERS_NAMES, DIFFUSERS_BLOCK_NAMES)
 
 
 def to_official_name(name: str) -> str:
-    """Name in diffusers' WanTransformer3DModel -> official tensor name."""
-    invert = lambda names: {theirs: official for official, theirs in names.items()}
-    return translate(name, invert(DIFFUSERS_NAMES), invert(DIFFUSERS_BLOCK_NAMES))
+    """Return the official name of the tensor called `name` in diffusers' WanTransformer3DModel."""
+    tables = (DIFFUSERS_NAMES, DIFFUSERS_BLOCK_NAMES)
+    return translate(name, *({theirs: ours for ours, theirs in table.items()} for table in tables))
 
 # %% ../nbs/03_transformer.ipynb #8abddcc0
 def load_wan_weights(net: nn.Module, state_dict: dict) -> nn.Module:
-    """Load official, diffusers or wrapped weights into `net` and return it; a ValueError lists every tensor that is missing, unexpected or mis-shaped."""
+    """Load official, diffusers or wrapped weights into `net` and return it.
+
+    Raises ValueError, before anything is loaded, that lists every tensor of `state_dict` that is
+    missing, unexpected or of another shape.
+    """
     weights = unwrap_state_dict(state_dict)
     if any(name.startswith("condition_embedder.") for name in weights):
         weights = {to_official_name(name): value for name, value in weights.items()}
-    wanted = net.state_dict()
-    misfits = [
-        f"missing {name} {tuple(value.shape)}"
-        for name, value in wanted.items()
-        if name not in weights
-    ]
-    misfits += [
-        f"unexpected {name} {tuple(value.shape)}"
-        for name, value in weights.items()
-        if name not in wanted
-    ]
-    misfits += [
-        f"{name}: expected shape {tuple(value.shape)}, got {tuple(weights[name].shape)}"
-        for name, value in wanted.items()
-        if name in weights and weights[name].shape != value.shape
-    ]
+    wanted, misfits = net.state_dict(), []
+    for name, value in wanted.items():
+        if name not in weights:
+            misfits.append(f"missing {name} {tuple(value.shape)}")
+    for name, value in weights.items():
+        if name not in wanted:
+            misfits.append(f"unexpected {name} {tuple(value.shape)}")
+        elif value.shape != wanted[name].shape:
+            shapes = f"expected shape {tuple(wanted[name].shape)}, got {tuple(value.shape)}"
+            misfits.append(f"{name}: {shapes}")
     if misfits:
-        raise ValueError(
-            f"state_dict: {len(misfits)} tensors do not fit this network:\n  "
-            + "\n  ".join(misfits)
-        )
-    net.load_state_dict(
-        weights, assign=any(p.is_meta for p in net.parameters())
-    )  # a meta network takes the tensors themselves
+        listed = "\n  ".join(misfits)
+        raise ValueError(f"state_dict: {len(misfits)} tensors do not fit this network:\n  {listed}")
+    # a network on the meta device has no memory to copy to: it takes the tensors themselves
+    net.load_state_dict(weights, assign=any(p.is_meta for p in net.parameters()))
     return net

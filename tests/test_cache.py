@@ -12,7 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 
-from streamr1_ref.cache import CacheConfig, KVCache, make_cache
+from streamr1_ref.cache import CacheConfig, make_cache
 from streamr1_ref.transformer import Attention, Block, WanConfig, WanTransformer
 
 SMALL = WanConfig(
@@ -33,21 +33,17 @@ def published_layer(golden, name, **change):
     layer = Attention(info["dim"], info["heads"], info["eps"]).requires_grad_(False)
     layer.load_state_dict({k[2:]: v for k, v in tensors.items() if k.startswith("w.")})
     net = WanConfig(dim=info["dim"], num_heads=info["heads"], num_layers=1)
-    cfg = CacheConfig(
-        **{
-            "window_frames": info["window_frames"],
-            "sink_frames": info["sink_frames"],
-            "alpha": info["alpha"],
-            **change,
-        }
-    )
+    published = {name: info[name] for name in ("window_frames", "sink_frames", "alpha")}
+    cfg = CacheConfig(**published | change)
     cache, ours, theirs = make_cache(net, cfg, 1, info["frame_grid"]), [], []
+    last_pass = info["passes_per_block"] - 1
     for b in range(info["blocks"]):
-        cache.open(info["frames_per_block"])
+        cache.begin_block(info["frames_per_block"])
         for p in range(info["passes_per_block"]):
-            table, (memory,) = cache.recall(1, info["frames_per_block"], tuple(info["frame_grid"]))
-            ours.append(layer(tensors[f"x.{b}.{p}"], table=table, memory=memory))
+            (of_layer,) = cache.layers()
+            ours.append(layer(tensors[f"x.{b}.{p}"], cache=of_layer, write=p == last_pass))
             theirs.append(tensors[f"y.{b}.{p}"])
+        cache.commit()
     last = f"{info['blocks'] - 1}"
     return ours, theirs, cache, (tensors["k." + last], tensors["v." + last])
 
@@ -91,13 +87,20 @@ def frames_in(cache):
 def run(cfg, blocks, evict=True, frames=None):
     cache, count = make_cache(SMALL, cfg, 1, (1, 1), evict=evict, frames=frames), 0
     for f in blocks:
-        cache.open(f)
-        _, memories = cache.recall(1, f, (1, 1))
-        keys = torch.arange(count, count + f).float()[None, :, None, None].expand(1, f, 2, 24)
-        for memory in memories:
-            memory(keys, keys)
+        cache.begin_block(f)
+        write(
+            cache, torch.arange(count, count + f).float()[None, :, None, None].expand(1, f, 2, 24)
+        )
+        cache.seen_at_last = cache.block.visible.past + f
+        cache.commit()
         count += f
     return cache
+
+
+def write(cache, keys):
+    """Store `keys` as queries, keys and values of the open block, in all layers."""
+    for layer in cache.layers():
+        layer.attend(keys, keys, keys, write=True)
 
 
 @given(
@@ -115,7 +118,7 @@ def test_a_static_sink_and_a_window_keep_the_right_frames(blocks, window, sink):
     kept = min(total, window)
     expected = list(range(min(sink, kept))) + list(range(total - (kept - min(sink, kept)), total))
     assert frames_in(cache) == expected
-    assert cache.seen_past + cache.open_frames == kept == cache.length
+    assert cache.seen_at_last == kept == cache.length
 
 
 @given(
@@ -160,8 +163,9 @@ def test_a_sink_in_half_precision_moves_only_if_it_is_kept_in_float32(dtype):
     for _ in range(60):
         k = torch.randn(1, 12, 2, 24, generator=generator).to(dtype)
         for cache in (exact, *caches.values()):
-            cache.open(3)
-            cache.recall(1, 3, (2, 2))[1][0](k.to(cache.store.dtype), k.to(cache.store.dtype))
+            cache.begin_block(3)
+            write(cache, k.to(cache.store.dtype))
+            cache.commit()
     sink = lambda cache: cache.store[0, 0, :, :3].float()
     assert relative_error(sink(caches["float32"]), sink(exact)) < 5e-3
     assert relative_error(sink(caches["cache"]), sink(exact)) > 5 * relative_error(
@@ -173,20 +177,18 @@ def test_memory_is_allocated_once():
     cache = make_cache(SMALL, CacheConfig(), 2, (2, 3))
     net, prompt = WanTransformer(SMALL).requires_grad_(False), torch.zeros(2, 5, 16)
     x, t = torch.randn(2, 3, 4, 4, 6, generator=torch.Generator().manual_seed(0)), torch.zeros(2)
-    places = lambda: {
-        name: (value.data_ptr(), value.untyped_storage().nbytes())
-        for name, value in vars(cache).items()
-        if name in ("store", "view", "average")
-    }
+    buffers = lambda: (cache.store, cache.view, cache.eviction.ema)
+    places = lambda: [(t.data_ptr(), t.untyped_storage().nbytes()) for t in buffers()]
     before, size = places(), cache.nbytes
     assert (
         size == (9 + 9) * 2 * 2 * 2 * 6 * 48 * 4
     )  # frames in store and view, K and V, layers, batch, tokens, dim, bytes
     for _ in range(1000):
-        cache.open(3)
-        net(x, t, prompt, cache=cache)
+        cache.begin_block(3)
+        net(x, t, prompt, cache=cache, write=True)
+        cache.commit()
     assert places() == before and cache.nbytes == size
-    assert cache.length == 9 and cache.let_go == 3 * 1000 - 9
+    assert cache.length == 9 and cache.evicted_frames == 3 * 1000 - 9
 
 
 def test_no_host_synchronisation_and_no_data_dependent_python():
@@ -194,11 +196,12 @@ def test_no_host_synchronisation_and_no_data_dependent_python():
     cache = make_cache(SMALL, CacheConfig(), 1, (2, 3), device="meta")
     with torch.device("meta"):
         net = WanTransformer(SMALL).requires_grad_(False)
+        call = torch.empty(1, 3, 4, 4, 6), torch.empty(1), torch.empty(1, 5, 16)
         for _ in range(6):
-            cache.open(3)
-            assert net(
-                torch.empty(1, 3, 4, 4, 6), torch.empty(1), torch.empty(1, 5, 16), cache=cache
-            ).shape == (1, 3, 4, 4, 6)
+            cache.begin_block(3)
+            assert net(*call, cache=cache).shape == (1, 3, 4, 4, 6)
+            assert net(*call, cache=cache, write=True).shape == (1, 3, 4, 4, 6)
+            cache.commit()
 
 
 @pytest.mark.parametrize("evict", [True, False])
@@ -222,11 +225,12 @@ def test_gradients_with_activation_checkpointing(evict):
             0,
         )
         for block in x.split(3, 1):
-            cache.open(3)
+            cache.begin_block(3)
             out = net(block, torch.full((1,), 500.0), prompt, cache=cache)
             loss = loss + out.square().mean()
             with torch.no_grad():
-                net(out.detach(), torch.zeros(1), prompt, cache=cache)
+                net(out.detach(), torch.zeros(1), prompt, cache=cache, write=True)
+            cache.commit()
         loss.backward()
         return [p.grad for p in net.parameters()]
 
@@ -246,8 +250,10 @@ def test_batch_rows_are_independent():
     def stream(rows):
         cache, out = make_cache(SMALL, CacheConfig(alpha=0.5), len(rows), (2, 3)), []
         for block in x[rows].split(3, 1):
-            cache.open(3)
-            out.append(net(block, torch.zeros(len(rows)), prompt[rows], cache=cache))
+            cache.begin_block(3)
+            time = torch.zeros(len(rows))
+            out.append(net(block, time, prompt[rows], cache=cache, write=True))
+            cache.commit()
         return torch.cat(out, 1)
 
     together = stream([0, 1, 2])
@@ -282,10 +288,10 @@ def test_calls_that_do_not_fit_are_refused():
         torch.zeros(B, f, 4, H, 6), torch.zeros(B), torch.zeros(B, 5, 16), cache=cache
     )
     with pytest.raises(
-        ValueError, match="cache: frames of the open block is 0, got a call with 3; call cache.open"
+        ValueError, match="frames of the open block is 0, got a call with 3; call cache.begin_block"
     ):
         call()
-    cache.open(3)
+    cache.begin_block(3)
     for kwargs, message in (
         ({"B": 1}, "cache: batch is 2, got a call with 1"),
         ({"f": 2}, "frames of the open block is 3, got a call with 2"),
@@ -293,15 +299,63 @@ def test_calls_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             call(**kwargs)
+    with pytest.raises(ValueError, match="a block of 3 frames is open"):
+        cache.begin_block(3)
+    with pytest.raises(ValueError, match="the open block was not stored"):
+        cache.commit()
+    cache.commit(0)
     with pytest.raises(
         ValueError,
         match=r"window_frames: expected at least sink_frames \+ the block = 3 \+ 7, got 9",
     ):
-        cache.open(7)
-    full = make_cache(SMALL, CacheConfig(window_frames=None, max_frames=6), 1, (2, 3))
-    full.open(3), full.open(3)
+        cache.begin_block(7)
+    full = run(CacheConfig(window_frames=None, max_frames=6), [3, 3])
     with pytest.raises(
-        ValueError, match="max_frames: this cache holds 6 frames and lets none go, got 9"
+        ValueError, match="max_frames: this cache holds 6 frames and evicts none, got 9"
     ):
-        full.open(3)
-    assert type(full) is KVCache and full.length == 6  # nothing was lost
+        full.begin_block(3)
+    assert frames_in(full) == [0, 1, 2, 3, 4, 5] and full.open_frames == 0  # nothing was lost
+
+
+def test_a_cache_that_returns_fewer_queries_is_refused():
+    class Picky:
+        def attend(self, q, k, v, *, write, kernel):
+            return kernel(q[:, 6:], k, v)
+
+    class PickyCache:
+        layers = lambda self: [Picky(), Picky()]
+
+    net, x = WanTransformer(SMALL).requires_grad_(False), torch.zeros(1, 3, 4, 4, 6)
+    expected = r"Picky.attend to return one row a query, \[1, 18, 48\], got \[1, 12, 48\]"
+    with pytest.raises(ValueError, match=expected):
+        net(x, torch.zeros(1), torch.zeros(1, 5, 16), cache=PickyCache())
+
+
+def test_a_layer_with_another_kernel_uses_it_with_a_cache():
+    """The kernel of set_attention must reach the cache, which would else pick one by accident."""
+    net, cache = (
+        WanTransformer(SMALL).requires_grad_(False),
+        make_cache(SMALL, CacheConfig(), 1, (2, 3)),
+    )
+    used, plain = [], net.blocks[0].self_attn.attend
+    for block in net.blocks:
+        block.self_attn.attend = lambda q, k, v: (used.append(k.shape[1]), plain(q, k, v))[1]
+    cache.begin_block(3)
+    net(torch.zeros(1, 3, 4, 4, 6), torch.zeros(1), torch.zeros(1, 5, 16), cache=cache)
+    assert used == [18, 18]
+
+
+@pytest.mark.parametrize("sink", ["ema", "static", "none"])
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_committing_a_part_of_a_block_forgets_the_rest(sink, kept):
+    """Blocks of three, of which the first frames are committed: the past is that of these frames."""
+    cfg = CacheConfig(sink=sink, alpha=0.5)
+    cache, count = make_cache(SMALL, cfg, 1, (1, 1)), 0
+    for _ in range(8):
+        cache.begin_block(3)
+        write(cache, torch.arange(count, count + 3.0)[None, :, None, None].expand(1, 3, 2, 24))
+        cache.commit(kept)
+        count += kept
+    window = frames_in(cache)[cfg.num_sink :]
+    assert window == list(range(count - len(window), count))
+    assert cache.length + cache.evicted_frames == count

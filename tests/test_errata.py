@@ -3,14 +3,15 @@
 import ast
 import re
 from dataclasses import replace
+from unittest.mock import Mock
 
 import nbformat
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative_error
-from notebooks import NBS, ROOT, notebooks
 
+from notebooks import NBS, ROOT, notebooks
 from streamr1_ref.cache import CacheConfig, make_cache
 from streamr1_ref.dmd import guided, score_timesteps
 from streamr1_ref.flow import FlowSchedule, apply_guidance
@@ -22,7 +23,7 @@ from streamr1_ref.objective import (
     judge_rollouts,
 )
 from streamr1_ref.reliability import rollout_weight
-from streamr1_ref.rollout import StreamSampler, denoise_block, remember
+from streamr1_ref.rollout import StreamSampler, commit_block, denoise_block
 from streamr1_ref.saliency import patch_saliency, pixel_saliency, pool_to_latent
 from streamr1_ref.tiny.codec import load_codec
 from streamr1_ref.tiny.models import tiny_models
@@ -198,9 +199,13 @@ def exact_critic(target):
 def test_positions_do_not_depend_on_the_length_of_a_stream():
     """Erratum 4: positions of query and keys are those of the window, in block 4 and in 400."""
     cache, tables = make_cache(SMALL, CacheConfig(), 1, (2, 3)), []
+    zeros = torch.zeros(1, 18, 2, 24)
     for _ in range(400):
-        cache.open(3)
-        tables.append((cache.query_table.clone(), cache.key_table.clone()))
+        cache.begin_block(3)
+        tables.append((cache.block.query_table.clone(), cache.block.key_table.clone()))
+        for layer in cache.layers():
+            layer.attend(zeros, zeros, zeros, write=True)
+        cache.commit()
     assert all(torch.equal(a, b) for a, b in zip(tables[3], tables[-1]))
     assert not torch.equal(tables[1][0], tables[3][0])  # while the window fills, they move
 
@@ -302,7 +307,7 @@ def test_scores_have_one_timestep_a_clip_and_the_student_one_a_block():
         return torch.zeros_like(x)
 
     cache = make_cache(SMALL, CacheConfig(), 1, (2, 3))
-    cache.open(3)
+    cache.begin_block(3)
     draw = lambda step, x0: torch.zeros_like(x0)
     noise, prompt = torch.zeros(1, 3, 4, 4, 6), torch.zeros(1, 5, 16)
     denoise_block(student, noise, prompt, cache, FlowSchedule(), [1000.0, 625.0], draw)
@@ -345,8 +350,8 @@ def test_training_noise_of_the_clean_context():
     """Erratum 22: in the table timestep 0 is its last entry; ours remembers the block as it is."""
     assert FlowSchedule().sigma(torch.zeros(1)).item() == pytest.approx(0.005, abs=1e-4)
     heard, x0 = [], torch.randn(1, 3, 4, 4, 6, generator=seeded(0))
-    listen = lambda x, timestep, prompt, cache=None: heard.append((x, timestep.item()))
-    remember(listen, x0, torch.zeros(1, 5, 16), None, FlowSchedule())
+    listen = lambda x, timestep, prompt, cache, write: heard.append((x, timestep.item()))
+    commit_block(listen, x0, torch.zeros(1, 5, 16), Mock(), FlowSchedule())
     assert torch.equal(heard[0][0], x0) and heard[0][1] == 0.0
 
 
@@ -360,13 +365,13 @@ def test_a_new_prompt_is_remembered_block_by_block():
     stream.switch_prompt(new)
     causal, at_once = (make_cache(SMALL, CacheConfig(), 1, (2, 3)) for _ in range(2))
     for block in blocks:
-        causal.open(3)
-        remember(net, block, new, causal, schedule)
+        causal.begin_block(3)
+        commit_block(net, block, new, causal, schedule)
     keys = lambda cache: cache.store[0, 1, :, : cache.length]  # of the second layer
     assert torch.equal(keys(stream.cache), keys(causal))
     at_once = make_cache(SMALL, CacheConfig(sink="none"), 1, (2, 3))
-    at_once.open(9)
-    remember(net, torch.cat(blocks, 1), new, at_once, schedule)
+    at_once.begin_block(9)
+    commit_block(net, torch.cat(blocks, 1), new, at_once, schedule)
     assert relative_error(keys(at_once), keys(causal)) > 1e-3
 
 

@@ -34,9 +34,8 @@ def test_a_call_is_the_beginning_of_the_stream(pipe):
 
 def test_frames_arrive_before_the_clip_is_complete(pipe):
     stream, made = pipe.stream(PROMPTS[0]), []
-    stream.blocks.sampler = replace(stream.blocks.sampler)
-    original = stream.blocks.cache.open
-    stream.blocks.cache.open = lambda frames: (made.append(frames), original(frames))[1]
+    original = stream.blocks.cache.begin_block
+    stream.blocks.cache.begin_block = lambda frames: (made.append(frames), original(frames))[1]
     for _ in range(9):
         next(stream)
     assert made == [3]  # one block, nine frames

@@ -11,9 +11,9 @@ from streamr1_ref.cache import CacheConfig, make_cache
 from streamr1_ref.flow import FlowSchedule
 from streamr1_ref.rollout import (
     StreamSampler,
+    commit_block,
     denoise_block,
     fresh_noise,
-    remember,
     self_forcing_rollout,
 )
 from streamr1_ref.transformer import WanConfig, WanTransformer, load_wan_weights
@@ -75,7 +75,7 @@ def test_published_sampler_call_by_call(golden):
     )
     errors = []
     for b, x in enumerate(tensors["noise"].split(3, 1)):
-        cache.open(3)
+        cache.begin_block(3)
         for s in range(4):  # the block as it is after each of its calls
             x0 = denoise_block(
                 net,
@@ -88,7 +88,7 @@ def test_published_sampler_call_by_call(golden):
                 exit_step=s,
             )
             errors.append(relative_error(x0, tensors[f"x0.{b}.{s}"]))
-        remember(net, x0, prompt, cache, schedule)
+        commit_block(net, x0, prompt, cache, schedule)
     assert len(errors) == 28 and max(errors) < 1e-4, errors
     for layer in range(2):
         for kind, name in enumerate(("k", "v")):

@@ -24,7 +24,7 @@ from streamr1_ref.tiny.models import tiny_models
 from streamr1_ref.tiny.world import caption_split
 from streamr1_ref.training import trainer as train
 from streamr1_ref.training.trainer import PRESETS, Trainer, newest, start_processes
-from streamr1_ref.wan.checkpoints import compile_blocks
+from streamr1_ref.wan.build import compile_blocks
 
 SMALL = [
     "--save-every",

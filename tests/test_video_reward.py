@@ -1,4 +1,7 @@
-"""VideoReward against the published code's numbers on a small random model; its memory; whatever must be refused."""
+"""VideoReward against the published code's numbers on a small random model.
+
+Also its memory, and whatever must be refused.
+"""
 
 import copy
 import json
@@ -497,16 +500,16 @@ def test_videoreward_random_one_recomputes_too():
 
 
 def flash(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
-    """The kernel that a GPU takes; the meta device would choose one that keeps all attention weights."""
+    """The kernel that a GPU takes; the meta device's keeps all attention weights."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)[
-        0
-    ]
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention
+    return kernel(q, k, v, 0.0, is_causal, scale=scale)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute, least, most", [(True, 3, 6), (False, 50, 80)])
 def test_videoreward_saved_bytes_at_true_size(recompute, least, most, monkeypatch):
-    """81 frames of 480 x 832 through the 2B model in bfloat16, without any value: below 6 GiB where it was 71."""
+    """81 frames of 480 x 832 through the 2B model in bfloat16, without any value."""
     model = random_reward(Sizes(), "meta", torch.bfloat16)
     model.recompute = recompute
     model.eval()
@@ -558,7 +561,10 @@ def peft_names():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, peft_names):
-    """(reward folder, base folder) as a person would have downloaded them; the checkpoint is a model.pth with peft names."""
+    """(reward folder, base folder) as a person would have downloaded them.
+
+    The checkpoint is a model.pth with peft names.
+    """
     root = tmp_path_factory.mktemp("reward")
     base = Qwen2VLModel(gold.config())
     plain = {

@@ -1,4 +1,7 @@
-"""The golden model of VideoReward, for tests: files of $STREAMR1_GOLDEN (default tests/golden) or its videoreward folder."""
+"""The golden model of VideoReward, for tests.
+
+Its files are in $STREAMR1_GOLDEN (default tests/golden) or in its folder videoreward.
+"""
 
 import json
 import os
@@ -25,15 +28,17 @@ def find(file: str) -> Path:
 
 
 def names(kind: str) -> list[str]:
-    """Which files NAME.safetensors fit the pattern `kind`; never none, so that no test passes for want of files."""
+    """Which files NAME.safetensors fit the pattern `kind`.
+
+    Never none, so that no test passes for want of files.
+    """
     here = {p.stem for place in (ROOT / "videoreward", ROOT) for p in place.glob("*.safetensors")}
     return sorted(n for n in here if re.fullmatch(kind, n)) or [f"missing {kind}"]
 
 
 def load(name: str) -> tuple[dict, dict]:
-    return load_tensors(find(f"{name}.safetensors"))[0], json.loads(
-        find(f"{name}.json").read_text()
-    )
+    settings = json.loads(find(f"{name}.json").read_text())
+    return load_tensors(find(f"{name}.safetensors"))[0], settings
 
 
 def wording() -> str:

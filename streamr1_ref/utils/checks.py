@@ -94,3 +94,46 @@ def check_choices(settings: Any) -> None:
             raise ValueError(
                 f"{field.name}: expected {several} {', '.join(map(repr, known))}, got {value!r}"
             )
+
+# %% ../../nbs/reference/conventions.ipynb #ea8b3fb1
+def _fits(value: Any, hint: Any) -> bool:
+    """True unless `hint` is a type made of Literals to which `value` does not belong."""
+    if get_origin(hint) is Literal:
+        # by type too: True == 1, but it is not a choice of Literal[1, 2]
+        return any(type(value) is type(choice) and value == choice for choice in get_args(hint))
+    if get_origin(hint) is tuple and get_args(hint)[1:] == (...,):
+        inner = get_args(hint)[0]
+        return not _choices(inner) or (
+            isinstance(value, tuple) and all(_fits(item, inner) for item in value)
+        )
+    parts = get_args(hint)  # those of a union, as in Literal["a", "b"] | None
+    if not parts or not _choices(hint):
+        return True
+    return any(value is None if part is type(None) else _fits(value, part) for part in parts)
+
+
+def _choices(hint: Any) -> tuple:
+    """Return all values that the Literals inside the type `hint` allow, in order."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return tuple(choice for part in get_args(hint) for choice in _choices(part))
+
+
+def check_choices(settings: Any) -> None:
+    """Raise ValueError if a `Literal` field of the dataclass instance `settings` holds no choice.
+
+    Fields may be `Literal[...]`, `Literal[...] | None` and `tuple[Literal[...], ...]`; all others
+    are passed over. The message names the field, its choices and the value. Raises TypeError if
+    `settings` is no instance of a dataclass.
+    """
+    if not dataclasses.is_dataclass(settings) or isinstance(settings, type):
+        raise TypeError(f"settings: expected a dataclass instance, got {settings!r}")
+    hints = get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        hint, value = hints[field.name], getattr(settings, field.name)
+        if not _fits(value, hint):
+            several = "some of" if get_origin(hint) is tuple else "one of"
+            known = [*_choices(hint), *([None] if type(None) in get_args(hint) else [])]
+            raise ValueError(
+                f"{field.name}: expected {several} {', '.join(map(repr, known))}, got {value!r}"
+            )
