@@ -86,9 +86,9 @@ class TrainConfig:
 
 # %% ../../nbs/training/13_training.ipynb #a241e493
 def clip_gradient(net: nn.Module, clip_norm: float, scale: float = 1.0) -> float:
-    """Multiply the gradients of `net` by `scale`, then shrink them to a norm of at most `clip_norm`.
+    """Multiply the gradients of `net` by `scale`, shrink them to a norm of at most `clip_norm`.
 
-    Returns the norm before the second, over all processes.
+    Returns the norm in between, over all processes.
     """
     if scale != 1.0:
         torch._foreach_mul_([p.grad for p in net.parameters() if p.grad is not None], scale)
@@ -96,7 +96,7 @@ def clip_gradient(net: nn.Module, clip_norm: float, scale: float = 1.0) -> float
 
 
 def ema_decay(cfg: TrainConfig, step: int) -> float:
-    """The decay of the EMA after `step` steps, counted from 1; 0 makes it a copy of the weights."""
+    """The decay of the EMA by `cfg` after `step` steps, counted from 1; 0 makes it a copy."""
     if step <= cfg.ema_start:
         return 0.0
     return min(cfg.ema, step / (step + cfg.ema_warmup))
@@ -261,7 +261,7 @@ class Trainer:
                 p.copy_(old)
 
     def weights(self, role: str) -> dict[str, torch.Tensor]:
-        """The EMA of `role` by name, whole, on the CPU, each of any shape; all processes must ask."""
+        """The EMA of `role` by name, each of any shape, whole, on the CPU; all must ask."""
         return {name: whole(t).cpu() for name, t in self.ema[role].items()}
 
     def pictures(self) -> torch.Tensor:
