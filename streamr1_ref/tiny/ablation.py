@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..objective import METHODS, DistillationConfig, Distiller
+from ..objective import METHODS, DistillationConfig, DistillationMethod
 from ..pipeline import StreamR1Pipeline
 from ..ports import RewardModel
 from ..rollout import StreamSampler
@@ -21,6 +21,7 @@ from .metrics import Oracle, flicker_level, motion_error, report_row, sharpness
 from .models import tiny_models
 from .student import similarity
 from .world import Caption, caption_split
+from ..training.trainer import Trainer
 from ..utils.files import data_path
 from ..utils.runtime import progress as progress_bar
 from ..utils.runtime import seeded
@@ -125,33 +126,31 @@ def measure(
 # %% ../../nbs/tiny/16_ablation.ipynb #472a4c71
 def distil(
     variant: str, seed: int, cfg: AblationConfig, progress: bool = False
-) -> tuple[Distiller, list[dict]]:
-    """Distil the shipped start with one `variant` and one `seed`; return the run and its records.
+) -> tuple[Trainer, list[dict]]:
+    """Distil the shipped start with one `variant` and one `seed`; return the trainer and its rows.
 
     `cfg` is the budget; `progress` shows a bar.
     """
     models = tiny_models(data_path("tiny_start.safetensors"))
-    weighting = replace(
-        VARIANTS[variant], balance_window=cfg.balance_window, balance_warmup=cfg.balance_window
-    )
+    window = dict(balance_window=cfg.balance_window, balance_warmup=cfg.balance_window)
     settings = DistillationConfig(
-        batch=cfg.batch, critic_steps=cfg.critic_steps, frames=cfg.frames, seed=seed
+        micro_batch_size=cfg.batch, critic_steps=cfg.critic_steps, frames=cfg.frames, seed=seed
     )
-    run = Distiller(models, [str(c) for c in caption_split()[0]], weighting, settings)
-    bar, records = progress_bar(range(cfg.steps), variant, progress), []
+    prompts, weighting = map(str, caption_split()[0]), replace(VARIANTS[variant], **window)
+    trainer = Trainer(DistillationMethod(models, list(prompts), weighting, settings))
+    bar, rows = progress_bar(range(cfg.steps), variant, progress), []
     for _ in bar:
-        records.append(run.step())
-        seen = [axis for axis in models.reward.axes if axis in records[-1]]
-        bar.set_postfix({axis: f"{records[-1][axis]:+.2f}" for axis in seen})
-    return run, records
+        rows.append(trainer.step())
+        seen = [axis for axis in models.reward.axes if axis in rows[-1]]
+        bar.set_postfix({axis: f"{rows[-1][axis]:+.2f}" for axis in seen})
+    return trainer, rows
 
 # %% ../../nbs/tiny/16_ablation.ipynb #dd6b22a2
-def pipeline_of(run: Distiller) -> StreamR1Pipeline:
-    """Return the student of `run` as a pipeline."""
-    m, cfg = run.models, run.cfg
-    cache = (cfg.frames_per_block, cfg.cache, cfg.context_noise)
-    sampler = StreamSampler(m.student, m.schedule, cfg.steps, *cache)
-    return StreamR1Pipeline(sampler, m.text, m.codec)
+def pipeline_of(run: Trainer) -> StreamR1Pipeline:
+    """Return the student of a distillation `run` as a pipeline."""
+    models = run.method.models
+    sampler = StreamSampler(models.student, models.schedule, config=run.method.cfg.sampler)
+    return StreamR1Pipeline(sampler, models.text, models.codec)
 
 
 def run_variant(
@@ -172,7 +171,7 @@ def run_variant(
     row = {"skipped": run.skipped}
     for name in ("weight", "ess", "norm") if good else ():
         row[name] = sum(r[name] for r in good) / len(good)
-    return row | measure(pipeline_of(run), run.models.reward, cfg, seed)
+    return row | measure(pipeline_of(run), run.method.models.reward, cfg, seed)
 
 # %% ../../nbs/tiny/16_ablation.ipynb #ea13b172
 def read_rows(path: str | Path) -> list[dict]:
