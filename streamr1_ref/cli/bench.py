@@ -24,7 +24,7 @@ from streamr1_ref.cli.bench_wan import (
     bench_wan_step,
 )
 from .timing import Stopwatch, describe, measure_stream, median_seconds
-from ..objective import METHODS, DistillationConfig, Distiller
+from ..objective import METHODS, DistillationConfig, DistillationMethod
 from ..rollout import Stream, StreamSampler
 from ..saliency import pixel_saliency
 from ..tiny.codec import load_codec
@@ -32,6 +32,7 @@ from ..tiny.models import tiny_models
 from ..tiny.reward import load_reward
 from ..tiny.student import load_student
 from ..tiny.world import caption_split, mixed_clips, sample_clips
+from ..training.trainer import Trainer
 from ..transformer import WanConfig, WanTransformer
 from ..utils.checks import check_choices
 from ..utils.files import data_path, writable_folder
@@ -228,12 +229,13 @@ def bench_step(run: BenchStepConfig) -> None:
     print(f"{describe(watch.device)}, torch {torch.__version__}, batch {run.batch}")
     for name, seconds in median.items():
         print(f"{name:44} {1e3 * seconds:8.1f} ms    {seconds / ours:.2f} of ours")
-    settings = DistillationConfig(batch=run.batch)
+    settings = DistillationConfig(micro_batch_size=run.batch)
     prompts = [str(c) for c in caption_split()[0]]
-    distiller = Distiller(tiny_models(), prompts, METHODS["Stream-R1"], settings)
-    distiller.step()
+    method = DistillationMethod(tiny_models(), prompts, METHODS["Stream-R1"], settings)
+    trainer = Trainer(method)
+    trainer.step()
     for _ in range(run.steps):
-        watch.time(distiller.step, "step")
+        watch.time(trainer.step, "step")
     print(f"{'training step: 3 critic, 1 student, reward':44} {watch.mean_ms('step'):8.1f} ms")
 
 # %% ../../nbs/cli/bench.ipynb #6470b79e

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Literal
 
@@ -20,21 +19,22 @@ from ..cache import CacheConfig
 from .timing import Stopwatch, describe, measure_stream, peak_bytes
 from ..objective import Models
 from ..pipeline import StreamR1Pipeline
-from streamr1_ref.training.trainer import (
-    PRESETS,
-    TrainConfig,
-    Trainer,
-    all_or_none,
-    shard,
-    start_processes,
-)
+from ..training.distributed import all_or_none, shard, start_processes
+from ..training.presets import PRESETS, RunConfig, distillation_trainer
+from ..training.trainer import Trainer
 from ..utils.checks import check_choices
 from ..utils.files import writable_folder
 from ..utils.runtime import default_device, default_dtype, seeded
 from ..wan.budget import PlanConfig, num_parameters, plan, preset_settings, step_parts
 from ..wan.build import PRESETS as SIZES_FOR_BENCH
-from ..wan.build import Sizes, fill_random, random_models, random_pipeline
-from ..wan.checkpoints import NETWORKS, SIZES, compile_blocks
+from streamr1_ref.wan.build import (
+    Sizes,
+    compile_blocks,
+    fill_random,
+    random_models,
+    random_pipeline,
+)
+from ..wan.checkpoints import NETWORKS, SIZES
 
 # %% auto #0
 __all__ = ['BenchWanConfig', 'first_frame', 'pipeline_for_bench', 'report_wan', 'bench_wan', 'BenchWanStepConfig',
@@ -232,10 +232,10 @@ def timed_steps(trainer: Trainer, steps: int, device: torch.device) -> tuple[Sto
     """
     watch = Stopwatch(device)
 
-    def role_of(net, *_):
-        return "critic" if net is trainer.models.critic else "student"
+    def role_of(role, number):
+        return role
 
-    trainer.update = watch.wrap(partial(Trainer.update, trainer), role_of)
+    trainer.update = watch.wrap(trainer.update, role_of)
     trainer.advance()
     watch.reset()
     for _ in range(steps):
@@ -295,9 +295,10 @@ def bench_wan_step(run: BenchWanStepConfig) -> None:
     world, resident = 1 if mesh is None else mesh.size(), peak_bytes(torch.device("cpu"))
     sizes, settings = plan_of_bench(run, name, world, default_dtype(device))
     models = models_for_bench(run, sizes, settings, mesh)
-    cfg = TrainConfig(distillation=settings.distillation, checkpointing=run.checkpointing)
+    cfg = RunConfig(distillation=settings.distillation, checkpointing=run.checkpointing)
+    prompts = ["a red fox runs over snow"] * 64
     with TemporaryDirectory() as folder, all_or_none(mesh):
-        trainer = Trainer(models, ["a red fox runs over snow"] * 64, cfg, folder, mesh)
+        trainer = distillation_trainer(models, prompts, cfg, folder, mesh)
         watch, record = timed_steps(trainer, run.steps, device)
     used = peak_bytes(device) - (0 if device.type == "cuda" else resident)
     if trainer.rank == 0:

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from ..objective import METHODS, Distiller, judge_rollouts
+from ..objective import METHODS, judge_rollouts
 from ..pipeline import StreamR1Pipeline
 from ..tiny.ablation import AblationConfig, distil, measure, pipeline_of
 from ..tiny.reward import load_reward
+from ..training.trainer import Trainer
 from ..utils.files import data_path, writable_folder
 from ..utils.runtime import seeded
 from ..utils.video import film_strip, side_by_side, write_gif, write_mp4
@@ -40,18 +41,19 @@ def curves_figure(records: dict[str, list[dict]]) -> Figure:
     return figure
 
 # %% ../../nbs/cli/demo.ipynb #5258ba07
-def saliency_figure(run: Distiller, prompts: list[str]) -> Figure:
-    """Draw one clip a prompt by the student of `run`: its frames, and the weights of their regions.
+def saliency_figure(run: Trainer, prompts: list[str]) -> Figure:
+    """Draw one clip a prompt by the student of a `run`: its frames, and its regions' weights.
 
     `prompts` are of the tiny world; ValueError for others.
     """
-    pipe, cfg, net = pipeline_of(run), run.cfg, run.models.student.cfg
+    pipe, cfg, models = pipeline_of(run), run.method.cfg, run.method.models
+    net = models.student.cfg
     shape = (len(prompts), cfg.frames, net.in_channels, *net.latent_size)
     noise = torch.randn(shape, generator=seeded(cfg.seed))
     latents = pipe.sampler.sample(noise, pipe.text(prompts), generator=seeded(cfg.seed, stream=1))
     clips = pipe.codec.decode(latents)
     weighting = METHODS["Stream-R1"]
-    judged = judge_rollouts(run.models.reward, pipe.codec, latents, prompts, weighting)
+    judged = judge_rollouts(models.reward, pipe.codec, latents, prompts, weighting)
     figure = Figure(figsize=(9, 1.9 * len(prompts)), layout="constrained")
     panels = figure.subplots(len(prompts), 2, squeeze=False)
     for pair, prompt, clip, weight in zip(panels, prompts, clips, judged.intra_weight):

@@ -27,8 +27,11 @@ from ..utils.files import writable_folder
 from ..utils.runtime import default_device, default_dtype
 from ..utils.runtime import progress as progress_bar
 from ..utils.video import write_mp4
-from ..wan.build import check_files, score_videos, video_name, write_table
-from ..wan.checkpoints import PromptFile, latent_size_of, wan_pipeline
+from ..wan.build import wan_pipeline
+from ..wan.checkpoints import latent_size_of
+from ..wan.download import check_files
+from ..wan.score import score_videos, video_name, write_table
+from ..wan.text import PromptFile
 from ..wan.video_reward import RewardInput, load_video_reward
 
 # %% auto #0

@@ -16,12 +16,13 @@ import tyro
 from .processes import place_process, process_and_count
 from .wan_run import WanTrainConfig, wan_run
 from ..objective import METHODS, DistillationConfig
-from ..training.trainer import PRESETS
+from ..training.presets import PRESETS
 from ..utils.checks import check_choices
 from ..utils.files import writable_folder
 from ..wan.budget import PlanConfig, check_memory, plan, plan_table, preset_settings
-from ..wan.build import DOWNLOADS, TRAINING, ask_hub, check_files, download
-from ..wan.checkpoints import NETWORKS, convert, embed_prompts, load_text
+from ..wan.checkpoints import NETWORKS, convert
+from ..wan.download import DOWNLOADS, TRAINING, ask_hub, check_files, download
+from ..wan.text import embed_prompts, load_text
 
 # %% auto #0
 __all__ = ['downloads_table', 'download_command', 'embed_missing', 'embed_command', 'PlanRunConfig', 'plan_run', 'plan_command',
@@ -100,7 +101,7 @@ def embed_command(
     text_cache: str = "weights/text",
     data: str = WanTrainConfig.data,
     base: str = WanTrainConfig.base,
-    steps: int | None = None,
+    max_steps: int | None = None,
     seed: int = 0,
     batch: int = 16,
     dtype: Literal["bfloat16", "float32"] | None = None,
@@ -114,20 +115,21 @@ def embed_command(
         text_cache: Folder for the embeddings, to be given to train as --text-cache.
         data: File with a prompt a line.
         base: Diffusers folder with text_encoder and tokenizer.
-        steps: Student updates of the training; by default the preset's.
+        max_steps: Student updates of the training; by default the preset's.
         seed: Seed of the training, which decides what prompts its steps read.
         batch: Prompts of one call.
         dtype: Number format of the embeddings, which is what the training computes in; by default
             bfloat16 on a GPU.
 
     Raises:
-        ValueError: steps or batch is below 1.
+        ValueError: max_steps or batch is below 1.
     """
-    if batch < 1 or steps is not None and steps < 1:
-        raise ValueError(f"batch, steps: expected at least 1, got {batch} and {steps}")
+    if batch < 1 or max_steps is not None and max_steps < 1:
+        raise ValueError(f"batch, max_steps: expected at least 1, got {batch} and {max_steps}")
     check_files({"data": data, "base": base})
     run = wan_run(preset, data=data, base=base, text_cache=text_cache, dtype=dtype)
-    run = replace(run, steps=steps or run.steps, distillation=replace(run.distillation, seed=seed))
+    distillation = replace(run.distillation, seed=seed)
+    run = replace(run, max_steps=max_steps or run.max_steps, distillation=distillation)
     embed_missing(run, place_process(), batch)
 
 # %% ../../nbs/cli/prepare.ipynb #6386da35

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -18,14 +17,14 @@ from ..tiny.codec import load_codec, save_codec
 from ..tiny.metrics import Oracle
 from streamr1_ref.tiny.reward import (
     RewardConfig,
-    RewardTrainer,
+    RewardMethod,
     calibrate,
     pair_accuracy,
     save_reward,
 )
 from streamr1_ref.tiny.student import (
     StudentConfig,
-    StudentTrainer,
+    StudentMethod,
     drift,
     load_ode_pairs,
     load_student,
@@ -34,13 +33,14 @@ from streamr1_ref.tiny.student import (
 )
 from streamr1_ref.tiny.teacher import (
     TeacherConfig,
+    TeacherMethod,
     codec_floor,
+    ema_model,
     evaluate_teacher,
+    fit,
     load_teacher,
-    run_training,
     save_teacher,
     tiny_codec,
-    train_teacher,
 )
 from ..tiny.world import caption_split
 from ..transformer import WanConfig
@@ -66,16 +66,16 @@ def train_codec(out: str = "data_samples", seed: int = 0, clips: int = 512) -> N
 
 # %% ../../nbs/cli/rebuild.ipynb #d2becc58
 def thin_log(lines: list[str], every: int = 50) -> list[dict]:
-    """Return a record for each `every` steps of a log: last step, mean loss, last learning rate.
+    """Return a record for each `every` steps of a log: last step and mean loss.
 
-    `lines` are JSON objects with step, loss and lr.
+    `lines` are JSON objects with step and loss.
     """
     rows = [json.loads(line) for line in lines]
     groups = [rows[i : i + every] for i in range(0, len(rows), every)]
     thinned = []
     for group in groups:
         loss = round(sum(row["loss"] for row in group) / len(group), 5)
-        thinned.append({"step": group[-1]["step"], "loss": loss, "lr": group[-1]["lr"]})
+        thinned.append({"step": group[-1]["step"], "loss": loss})
     return thinned
 
 
@@ -96,14 +96,15 @@ def train_teacher_command(
     Args:
         training: Settings of the training.
         net: Sizes of the network.
-        run: Folder for checkpoint.safetensors and log.jsonl.
+        run: Folder for checkpoints and log.jsonl.
         out: Folder for tiny_teacher.safetensors and tiny_teacher_log.jsonl once the training is
             complete.
     """
     folder, target = writable_folder(run), writable_folder(out)
-    trainer = train_teacher(training, folder, net=net)
+    codec = load_codec(data_path("tiny_codec.safetensors"))
+    model = ema_model(fit(TeacherMethod(training, codec, net), folder))
     ship_log(folder / "log.jsonl", target / "tiny_teacher_log.jsonl", every=50)
-    print("wrote", save_teacher(target / "tiny_teacher.safetensors", trainer.average, training))
+    print("wrote", save_teacher(target / "tiny_teacher.safetensors", model, training))
 
 # %% ../../nbs/cli/rebuild.ipynb #a5309841
 def evaluate_teacher_command(
@@ -127,7 +128,7 @@ def evaluate_teacher_command(
     for scale in (1.0, 3.0):
         row = evaluate_teacher(model, captions, seed, steps, scale, progress=True)
         rows[f"guidance {scale:g}"] = row
-    clean = codec_floor(model.codec, captions, seed, degraded=0.0, draws=1)
+    clean = codec_floor(model.codec, captions, seed, corrupted=0.0, draws=1)
     rows["real, mixed, through codec"] = codec_floor(model.codec, captions, seed)
     rows["real, clean, through codec"] = clean
     rows = {name: {k: round(v, 4) for k, v in row.items()} for name, row in rows.items()}
@@ -169,15 +170,15 @@ def initialise_student(
     Args:
         training: Settings of the training.
         pairs: Folder of `streamr1 make-pairs`.
-        run: Folder for checkpoint.safetensors and log.jsonl.
+        run: Folder for checkpoints and log.jsonl.
         out: Folder for the weights and a thinned log once the training is complete.
         name: Name of those files; the shipped tiny_start is from --training.steps 100.
     """
     folder, target = writable_folder(run), writable_folder(out)
-    trainer = StudentTrainer(training, load_teacher(), *load_ode_pairs(pairs))
-    run_training(trainer, folder, json.dumps({"training": asdict(training)}), "student")
+    method = StudentMethod(training, load_teacher(), *load_ode_pairs(pairs))
+    model = ema_model(fit(method, folder))
     ship_log(folder / "log.jsonl", target / f"{name}_log.jsonl", every=20)
-    print("wrote", save_teacher(target / f"{name}.safetensors", trainer.average, training))
+    print("wrote", save_teacher(target / f"{name}.safetensors", model, training))
 
 # %% ../../nbs/cli/rebuild.ipynb #81474a97
 def evaluate_student(
@@ -221,16 +222,15 @@ def train_reward(
 
     Args:
         training: Settings of the training.
-        run: Folder for checkpoint.safetensors and log.jsonl.
+        run: Folder for checkpoints and log.jsonl.
         out: Folder for tiny_reward.safetensors and tiny_reward_log.jsonl once the training is
             complete.
     """
     folder, target = writable_folder(run), writable_folder(out)
     codec = load_codec(data_path("tiny_codec.safetensors"))
-    trainer = RewardTrainer(training, codec)
-    run_training(trainer, folder, json.dumps({"training": asdict(training)}), "reward")
+    trained = ema_model(fit(RewardMethod(training, codec), folder))
     ship_log(folder / "log.jsonl", target / "tiny_reward_log.jsonl", every=20)
-    model = calibrate(trainer.average, codec)
+    model = calibrate(trained, codec)
     shares = {axis: round(share, 4) for axis, share in pair_accuracy(model, codec).items()}
     print("held-out pairs ordered right:", shares)
     print("wrote", save_reward(target / "tiny_reward.safetensors", model, training))

@@ -5,11 +5,9 @@
 # %% ../../nbs/cli/timing.ipynb #93a6f63b
 from __future__ import annotations
 
-import copy
 import platform
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from resource import RUSAGE_SELF, getrusage
 from time import perf_counter
 
@@ -144,22 +142,21 @@ def split_times(
     `decode` makes video frames of a block. Without `inside` no clock is put into the layers, which
     compiled ones need.
     """
-    sampler, watch = stream.sampler, Stopwatch(stream.prompt_embeds.device)
-    net = copy.copy(sampler.net)
+    net, watch = stream.sampler.net, Stopwatch(stream.prompt_embeds.device)
     layers = [block.self_attn for block in net.blocks] if inside else []
     attend = net.blocks[0].self_attn.attend
     for layer in layers:
         layer.attend = watch.wrap(attend, "attention")
 
-    def kind_of_call(x, timestep, *_, **__):
-        return "noisy" if timestep[0] > sampler.context_noise else "clean"
+    def kind_of_call(*_, write=False, **__):
+        return "clean" if write else "noisy"
 
     net.forward = watch.wrap(net.forward, kind_of_call)
-    stream.sampler = replace(sampler, net=net)
-    stream.cache.open = watch.wrap(stream.cache.open, "open")
+    stream.cache.begin_block = watch.wrap(stream.cache.begin_block, "begin")
     decode = watch.wrap(decode, "decode")
     for _ in range(blocks):
         decode(next(stream))
+    del net.forward, stream.cache.begin_block  # the clocks; the methods are there again
     for layer in layers:
         layer.attend = attend
     calls = {"denoising call": watch.mean_ms("noisy")}
@@ -169,8 +166,8 @@ def split_times(
         calls = {"attention, per call": 1e3 * a_call, "the rest, per denoising call": rest}
     return {
         **calls,
-        "cache write, per block": watch.mean_ms("clean") + watch.mean_ms("open"),
-        "of which preparing the past": watch.mean_ms("open"),
+        "cache write, per block": watch.mean_ms("clean") + watch.mean_ms("begin"),
+        "of which preparing the past": watch.mean_ms("begin"),
         "decode, per block": watch.mean_ms("decode"),
     }
 

@@ -23,26 +23,20 @@ from ..objective import METHODS, Models
 from ..pipeline import StreamR1Pipeline
 from ..tiny.models import tiny_models
 from ..tiny.world import caption_split
-from streamr1_ref.training.trainer import (
-    PRESETS,
-    TrainConfig,
-    Trainer,
-    all_or_none,
-    in_turn,
-    shard,
-    start_processes,
-)
+from ..training.distributed import all_or_none, barrier, in_turn, shard, start_processes
+from ..training.presets import PRESETS, RunConfig, distillation_trainer
 from ..transformer import load_wan_weights
 from ..utils.checks import check_choices
 from ..utils.files import writable_folder
-from ..wan.checkpoints import NETWORKS, check_weights, compile_blocks
+from ..wan.build import compile_blocks
+from ..wan.checkpoints import NETWORKS, check_weights
 
 # %% auto #0
 __all__ = ['TinyTrainConfig', 'with_method', 'preset_of', 'check_folder', 'prepare_networks', 'train', 'train_command']
 
 # %% ../../nbs/cli/train.ipynb #046e4e27
 @dataclass(frozen=True)
-class TinyTrainConfig(TrainConfig):
+class TinyTrainConfig(RunConfig):
     """Distil the tiny world's student. Raises ValueError for an unknown choice."""
 
     out: str = "runs/train"  # folder for checkpoints, log.jsonl and the distilled pipeline
@@ -72,15 +66,9 @@ class TinyTrainConfig(TrainConfig):
 
         `weights` are tensors of any shape, as in the student's state_dict.
         """
-        pipe, c = StreamR1Pipeline.from_pretrained("tiny"), self.distillation
+        pipe = StreamR1Pipeline.from_pretrained("tiny")
         load_wan_weights(pipe.sampler.net, weights)
-        sampler = replace(
-            pipe.sampler,
-            steps=c.steps,
-            frames_per_block=c.frames_per_block,
-            cache=c.cache,
-            context_noise=c.context_noise,
-        )
+        sampler = replace(pipe.sampler, config=self.distillation.sampler)
         return replace(pipe, sampler=sampler).save_pretrained(Path(self.out) / "pipeline")
 
     def prompts(self) -> list[str]:
@@ -88,7 +76,7 @@ class TinyTrainConfig(TrainConfig):
         return [str(c) for c in caption_split()[0]]
 
 # %% ../../nbs/cli/train.ipynb #75c6f907
-def with_method(run: TrainConfig) -> TrainConfig:
+def with_method(run: RunConfig) -> RunConfig:
     """Return the `run` with the weighting of its `method`.
 
     The balance window and the kind of saliency stay the run's own.
@@ -158,14 +146,14 @@ def train(run: TinyTrainConfig | WanTrainConfig) -> None:
             prompts, models = run.prompts(), run.models()
         check_folder(run, models)
         prepare_networks(run, models, mesh)
-        trainer = Trainer(models, prompts, run, Path(run.out), mesh)
+        trainer = distillation_trainer(models, prompts, run, Path(run.out), mesh)
         for problem in trainer.resume() if run.resume else []:
             print(f"{problem}; going on from the one before", file=sys.stderr)
         trainer.train()
-        weights = trainer.weights()
+        weights = trainer.weights("student")
         if trainer.rank == 0:
             print("wrote", run.save(weights))
-        trainer.barrier()
+        barrier(mesh)
     if mesh is not None:
         dist.destroy_process_group()
 

@@ -17,26 +17,24 @@ import torch
 from .processes import gpu_memory
 from ..objective import METHODS, Models, prompt_numbers
 from ..ports import RewardModel
-from ..training.trainer import PRESETS, TrainConfig
+from ..training.presets import PRESETS, RunConfig
 from ..transformer import WanConfig
 from ..utils.checks import check_choices
 from ..utils.files import save_tensors
 from ..utils.runtime import default_device, default_dtype
 from ..wan.budget import PlanConfig, check_memory, plan
-from ..wan.build import check_files
+from ..wan.build import wan_models
 from streamr1_ref.wan.checkpoints import (
     NETWORKS,
     SIZES,
-    PromptFile,
-    UMT5Text,
     config_of,
     latent_size_of,
-    load_text,
     model_size,
     official,
     read_weights,
-    wan_models,
 )
+from ..wan.download import check_files
+from ..wan.text import PromptFile, UMT5Text, load_text
 from ..wan.video_reward import RewardInput, load_video_reward, question
 
 # %% auto #0
@@ -64,7 +62,7 @@ def configs_of(
 
 # %% ../../nbs/cli/wan_run.ipynb #bc32f3e7
 @dataclass(frozen=True)
-class WanTrainConfig(TrainConfig):
+class WanTrainConfig(RunConfig):
     """Distil Wan2.1. On GPUs start it with torchrun, also on one.
 
     With --preset stream-r1, reward-forcing or self-forcing all defaults are the published run's,
@@ -132,7 +130,7 @@ class WanTrainConfig(TrainConfig):
         """
         lines, d = self.prompts(), self.distillation
         pictures = range(min(4, len(lines)) if self.sample_every else 0)
-        numbers = [*pictures, *prompt_numbers(d, self.steps, len(lines))]
+        numbers = [*pictures, *prompt_numbers(d, self.max_steps, len(lines))]
         return [d.negative_prompt, *(lines[i] for i in numbers)]
 
     def text(self, encoder: bool = True, cache: str | None = None) -> UMT5Text:
