@@ -290,7 +290,7 @@ class Trainer:
         found = {}
         for role, net in self.method.roles.items():
             found |= {f"{role}.{name}": t for name, t in net.state_dict().items()}
-            prefix = f"optimizer.{role}."
+            prefix = f"{role}.optimizer."
             found |= optimizer_tensors(net, self.optimizers[role], prefix)
         for role, ema in self.ema.items():
             found |= {f"ema.{role}.{name}": t for name, t in ema.items()}
