@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from streamr1_ref.objective import METHODS, DistillationConfig
-from streamr1_ref.training.trainer import PRESETS, TrainConfig, Trainer, shard
+from streamr1_ref.training.distributed import shard
+from streamr1_ref.training.presets import PRESETS, RunConfig, distillation_trainer
 from streamr1_ref.transformer import WanConfig
 from streamr1_ref.wan.budget import (
     FIRST_EDITION,
@@ -46,7 +47,8 @@ from streamr1_ref.wan.checkpoints import SIZES
 
 GIB = 2**30
 PUBLISHED = PRESETS["wan-1.3b"].distillation
-SHORT = {"batch": 1, "frames": 3, "micro_batches": 2, "exit_group": 2, "evict": False}
+SHORT = {"micro_batch_size": 1, "frames": 3, "micro_batches": 2, "exit_group": 2}
+ONCE = {"micro_batches": 1, "exit_group": 1, "critic_steps": 1}
 SMALL_PLAN = PlanConfig(
     student=SMALL.net,
     teacher=replace(SMALL.net, num_layers=6),
@@ -55,7 +57,7 @@ SMALL_PLAN = PlanConfig(
     parts=SMALL,
     gpus=2,
     dtype="float32",
-    distillation=DistillationConfig(**SHORT),
+    distillation=DistillationConfig(**SHORT, evict=False),
 )
 
 
@@ -113,7 +115,7 @@ def test_reward_model_at_true_size():
 @pytest.mark.slow
 def test_a_whole_step_at_true_size():
     """Chapter 12's step: 1.3 B student and critic, 14 B teacher, VAE, VideoReward, 21 frames."""
-    run = replace(PUBLISHED, micro_batches=1, exit_group=1, critic_steps=1, steps=(1000,))
+    run = replace(PUBLISHED, **ONCE, sampler=replace(PUBLISHED.sampler, denoising_steps=(1000,)))
     s = PlanConfig(teacher="14B", critic="1.3B", distillation=run, gpus=1, sharded=False)
     measured = metered_step(models_on_meta(s), run)
     measured["critic: update"] = measured["critic: backward"]
@@ -136,15 +138,16 @@ def test_resident_parts_are_those_of_a_trainer(tmp_path):
     """Weights, gradients, moments and EMA of the real trainer, at the true sizes."""
     s = replace(preset_settings("stream-r1"), gpus=1)
     models = models_on_meta(replace(s, dtype="float32"))
-    run = TrainConfig(distillation=replace(s.distillation, guidance=0.0))
-    trainer = Trainer(models, ["a"], run, tmp_path)
+    run = RunConfig(distillation=replace(s.distillation, guidance_scale=1.0))
+    trainer = distillation_trainer(models, ["a"], run, tmp_path)
     planned = resident_bytes(s, plan(s).parameters)
     for role, net in (("student", models.student), ("critic", models.critic)):
-        state = [t for name, t in trainer.tensors().items() if name.startswith(f"{role}.")]
+        begins = (f"{role}.", f"optimizer.{role}.")
+        state = [t for name, t in trainer.tensors().items() if name.startswith(begins)]
         gradients = sum(4 * p.numel() for p in net.parameters())
         kept = planned[f"{role}: weights"] + planned[f"{role}: gradients, moments"]
         close(kept, nbytes(state) + gradients)
-    close(planned["student: EMA"], nbytes(trainer.average.values()))
+    close(planned["student: EMA"], nbytes(trainer.ema["student"].values()))
     frozen = {"teacher": models.teacher, "reward model": models.reward, "VAE": models.codec.vae}
     for part, module in frozen.items():
         close(planned[part], sum(2 * p.numel() for p in module.parameters()))
@@ -248,7 +251,7 @@ def test_a_gpu_that_cannot_hold_one_layer():
 
 
 def test_a_small_step_is_as_planned():
-    run = replace(SMALL_PLAN.distillation, micro_batches=1, exit_group=1, critic_steps=1)
+    run = replace(SMALL_PLAN.distillation, **ONCE)
     s = replace(SMALL_PLAN, distillation=run, gpus=1, sharded=False)
     measured = metered_step(models_on_meta(s), run)
     measured["critic: update"] = measured["critic: backward"]
@@ -258,7 +261,7 @@ def test_a_small_step_is_as_planned():
 
 
 def test_a_step_with_real_tensors_has_all_phases():
-    run = replace(SMALL_PLAN.distillation, micro_batches=1, exit_group=1, critic_steps=1)
+    run = replace(SMALL_PLAN.distillation, **ONCE)
     rows = metered_step(random_models(SMALL), run, device="cpu", gradients=True)
     assert {"critic: rollout", "critic: backward", "student: reward", "optimizer"} <= set(rows)
     assert all(row["kernels"] > 0 for row in rows.values())

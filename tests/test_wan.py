@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2VLModel
 
 from streamr1_ref.cli import main as cli
 from streamr1_ref.reward import AXES
-from streamr1_ref.training.trainer import PRESETS
+from streamr1_ref.training.presets import PRESETS
 from streamr1_ref.transformer import WanTransformer
 from streamr1_ref.utils.files import load_tensors, save_tensors
 from streamr1_ref.utils.video import read_mp4

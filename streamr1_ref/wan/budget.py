@@ -24,27 +24,27 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
 # %% auto #0
-__all__ = ['aten', 'VIEWS', 'ATTENTION', 'RMS_NORM', 'ROLLOUT_SETTINGS', 'QUESTION', 'Dtype', 'FIRST_EDITION', 'ALLOWANCE',
-           'TYPED', 'WHOLE', 'COUNTED', 'STEP_PHASES', 'STEP_FRAMES', 'tensors_in', 'without_values', 'Meter',
-           'FusedRMSNorm', 'gpu_attention', 'gpu_kernels', 'Cost', 'measured_once', 'layered', 'meta_network',
-           'num_parameters', 'clip_inputs', 'forget_gradients', 'measure_pass', 'pass_cost', 'RolloutCost',
-           'caches_noted', 'measure_rollout', 'shallow_rollout', 'rollout_cost', 'copied_past', 'judge_on_meta',
-           'measure_judge', 'codec_cost', 'judge_cost', 'text_cost', 'rollout_flops', 'check_plan', 'PlanConfig',
-           'preset_settings', 'resolved', 'gathered_bytes', 'resident_bytes', 'adam_temporaries', 'gathered_in',
-           'critic_phases', 'reward_costs', 'student_phases', 'other_phases', 'Budget', 'step_flops',
-           'frozen_parameters', 'plan', 'plan_table', 'possible_changes', 'combined', 'slimmest', 'cheapest',
-           'as_typed', 'largest_layer', 'check_memory', 'MetaText', 'models_on_meta', 'PhaseNotes', 'metered_step',
-           'AttentionCalls', 'vision_calls', 'copied_inputs', 'changes_since_first_edition', 'step_parts_table',
-           'step_parts']
+__all__ = ['aten', 'VIEWS', 'ATTENTION', 'RMS_NORM', 'QUESTION', 'Dtype', 'FIRST_EDITION', 'ALLOWANCE', 'TYPED', 'WHOLE',
+           'COUNTED', 'STEP_PHASES', 'STEP_FRAMES', 'tensors_in', 'without_values', 'Meter', 'FusedRMSNorm',
+           'gpu_attention', 'gpu_kernels', 'Cost', 'measured_once', 'layered', 'meta_network', 'num_parameters',
+           'clip_inputs', 'forget_gradients', 'measure_pass', 'pass_cost', 'RolloutCost', 'caches_noted',
+           'measure_rollout', 'shallow_rollout', 'rollout_cost', 'copied_past', 'judge_on_meta', 'measure_judge',
+           'codec_cost', 'judge_cost', 'text_cost', 'rollout_flops', 'check_plan', 'PlanConfig', 'preset_settings',
+           'resolved', 'gathered_bytes', 'resident_bytes', 'adam_temporaries', 'gathered_in', 'critic_phases',
+           'reward_costs', 'student_phases', 'other_phases', 'Budget', 'step_flops', 'frozen_parameters', 'plan',
+           'plan_table', 'possible_changes', 'combined', 'slimmest', 'cheapest', 'as_typed', 'largest_layer',
+           'check_memory', 'MetaText', 'models_on_meta', 'PhaseNotes', 'moments_of', 'metered_step', 'AttentionCalls',
+           'vision_calls', 'copied_inputs', 'changes_since_first_edition', 'step_parts_table', 'step_parts']
 
 # %% ../../nbs/wan/15c_budget.ipynb #3c31aa1e
 from .. import objective, rollout
 from ..attention import block_sizes
 from ..cache import WindowKVCache, make_cache
 from ..flow import FlowSchedule
-from ..objective import DistillationConfig, Distiller, Models, WeightingConfig
+from ..objective import DistillationConfig, DistillationMethod, Models, WeightingConfig
 from ..saliency import pixel_saliency
-from ..training.trainer import PRESETS
+from ..training.presets import PRESETS
+from ..training.trainer import Trainer
 from ..transformer import WanConfig, WanTransformer
 from ..utils.checks import check_choices
 from .build import PRESETS as PART_SIZES
@@ -343,9 +343,6 @@ class RolloutCost:
     flops: float  # arithmetic operations
 
 # %% ../../nbs/wan/15c_budget.ipynb #7b90f93c
-ROLLOUT_SETTINGS = "frames_per_block", "cache", "evict", "context_noise", "context_lookup"
-
-
 @contextmanager
 def caches_noted() -> Iterator[list]:
     """A list that notes store and view of every cache that a rollout makes while it lasts.
@@ -371,13 +368,17 @@ def measure_rollout(
 
     With `training` its backward pass is included. Weights are not counted.
     """
-    noise, _, embeds = clip_inputs(net.cfg, run.frames, run.batch, net.patch_embedding.weight.dtype)
-    settings = {name: getattr(run, name) for name in ROLLOUT_SETTINGS}
-    settings |= {"steps": (1000, 500), "exit_steps": [calls - 1], "generator": torch.Generator()}
+    dtype = net.patch_embedding.weight.dtype
+    noise, _, embeds = clip_inputs(net.cfg, run.frames, run.micro_batch_size, dtype)
+    sampler = replace(run.sampler, denoising_steps=(1000, 500))  # two calls are enough to count
+    settings = {"config": sampler, "evict": run.evict, "generator": torch.Generator()}
     forget_gradients(net)
     grad, meter = torch.set_grad_enabled(training), Meter((*net.parameters(), noise, embeds))
     with gpu_kernels(), caches_noted() as cached, grad, meter as live:
-        made = rollout.self_forcing_rollout(net, noise, embeds, FlowSchedule(), **settings).latents
+        rolled = rollout.self_forcing_rollout(
+            net, noise, embeds, FlowSchedule(), exit_steps=[calls - 1], **settings
+        )
+        made = rolled.latents
         left = sum(size for size, storage in cached if storage() is not None)
         kept, forward = live.now, live.peak
         live.from_here()
@@ -434,11 +435,11 @@ def copied_past(cfg: WanConfig, run: DistillationConfig, number: int = 2) -> flo
     many bytes.
     """
     rows, columns = (n // p for n, p in zip(cfg.latent_size, cfg.patch_size[1:]))
-    window, past, seen = run.cache.window_frames, 0, 0
-    for size in block_sizes(run.frames, run.frames_per_block):
+    window, past, seen = run.sampler.cache.window_frames, 0, 0
+    for size in block_sizes(run.frames, run.sampler.frames_per_block):
         seen += past if window is None else min(past, window - size)
         past += size
-    return 2 * cfg.num_layers * run.batch * seen * rows * columns * cfg.dim * number
+    return 2 * cfg.num_layers * run.micro_batch_size * seen * rows * columns * cfg.dim * number
 
 # %% ../../nbs/wan/15c_budget.ipynb #fb081423
 # a prompt that makes the question as long as the published one with a long prompt
@@ -569,7 +570,7 @@ def rollout_flops(
     `training` the backward pass of the exit calls is included, with `checkpointing` their
     recomputation.
     """
-    calls = (1 + len(run.steps)) / 2 if calls is None else calls
+    calls = (1 + len(run.sampler.denoising_steps)) / 2 if calls is None else calls
     one, two = (rollout_cost(cfg, run, training=False, calls=n).flops for n in (1, 2))
     total = one + (calls - 1) * (two - one)
     if training:
@@ -733,7 +734,8 @@ def critic_phases(s: PlanConfig, nets: Mapping[str, WanConfig]) -> dict[str, dic
     """
     run, dtype = s.distillation, s.compute_dtype
     rolled = rollout_cost(nets["student"], run, dtype, False)
-    update = pass_cost(nets["critic"], run.frames, run.batch, dtype, True, s.checkpointing)
+    clips, how = (run.frames, run.micro_batch_size), (dtype, True, s.checkpointing)
+    update = pass_cost(nets["critic"], *clips, *how)
     return {
         "critic: rollout": {
             "keys and values": rolled.store,
@@ -757,8 +759,8 @@ def reward_costs(s: PlanConfig, nets: Mapping[str, WanConfig]) -> tuple[Cost, Co
     student, teacher and critic.
     """
     run, dtype, vae = s.distillation, s.compute_dtype, json.dumps(s.parts.vae)
-    decoded = codec_cost(vae, run.frames, nets["student"].latent_size, run.batch, dtype)
-    clip = (1 + 4 * (run.frames - 1), tuple(s.resolution), run.batch)
+    decoded = codec_cost(vae, run.frames, nets["student"].latent_size, run.micro_batch_size, dtype)
+    clip = (1 + 4 * (run.frames - 1), tuple(s.resolution), run.micro_batch_size)
     how = (s.reward_checkpointing, s.weighting.needs_saliency)
     return decoded, judge_cost(s.parts, *clip, dtype, *how)
 
@@ -779,7 +781,7 @@ def student_phases(s: PlanConfig, nets: Mapping[str, WanConfig]) -> dict[str, di
         return left | parts | {"gathered layers": gathered_in(s, nets, role, backward)}
 
     cache = {"keys and values": rolled.store, "view": rolled.view}
-    passes = {role: pass_cost(nets[role], run.frames, run.batch, dtype) for role in nets}
+    passes = {role: pass_cost(nets[role], run.frames, run.micro_batch_size, dtype) for role in nets}
     scored = [phase({"layer at work": passes[role].peak}, role) for role in ("teacher", "critic")]
     found = {"student: rollout": phase(cache | {"layer at work": rolled.forward}, "student")}
     found["student: scores"] = max(scored, key=lambda parts: sum(parts.values()))
@@ -840,15 +842,16 @@ def step_flops(s: PlanConfig, nets: Mapping[str, WanConfig]) -> dict[str, float]
     `nets` are the sizes of student, teacher and critic.
     """
     run, frames, dtype = s.distillation, s.distillation.frames, s.compute_dtype
-    seen = {role: pass_cost(nets[role], frames, run.batch, dtype).flops for role in nets}
-    update = pass_cost(nets["critic"], frames, run.batch, dtype, True, s.checkpointing).flops
+    clips = run.micro_batch_size
+    seen = {role: pass_cost(nets[role], frames, clips, dtype).flops for role in nets}
+    update = pass_cost(nets["critic"], frames, clips, dtype, True, s.checkpointing).flops
     rolled = rollout_flops(nets["student"], run)
     trained = rollout_flops(nets["student"], run, training=True, checkpointing=s.checkpointing)
-    prompts = 0 if s.text_ready else run.batch * (run.critic_steps + 1)
+    prompts = 0 if s.text_ready else clips * (run.critic_steps + 1)
     each = {
         "student": run.critic_steps * rolled + trained,
         "critic": run.critic_steps * update + seen["critic"],
-        "teacher": (2 if run.guidance else 1) * seen["teacher"],
+        "teacher": (1 if run.guidance_scale == 1 else 2) * seen["teacher"],
         "text encoder": prompts * text_cost(s.parts, dtype).flops if prompts else 0.0,
         "reward model": 0.0,
         "VAE": 0.0,
@@ -989,7 +992,8 @@ def cheapest(s: PlanConfig, available: float, most: int = 4) -> PlanConfig | Non
             if candidate is not None and plan(candidate).peak <= available:
                 return candidate
     run, slim = s.distillation, slimmest(s)
-    for frames in range(run.frames - run.frames_per_block, 0, -run.frames_per_block):
+    block = run.sampler.frames_per_block
+    for frames in range(run.frames - block, 0, -block):
         for base in (s, slim):
             candidate = replace(base, distillation=replace(run, frames=frames))
             if plan(candidate).peak <= available:
@@ -1129,11 +1133,11 @@ class PhaseNotes:
         return noted
 
     def of_update(self, update: Callable) -> Callable:
-        """The method `update` of `Distiller`, whose phases get the name of the updated network."""
+        """The method `update` of a Trainer, whose phases get the name of the updated role."""
 
-        def named(distiller: Distiller, net: torch.nn.Module, *args, **kwargs):
-            self.update = "critic" if net is distiller.models.critic else "student"
-            return update(distiller, net, *args, **kwargs)
+        def named(role: str, number: int):
+            self.update = role
+            return update(role, number)
 
         return named
 
@@ -1147,6 +1151,11 @@ STEP_PHASES = (
 )
 
 # %% ../../nbs/wan/15c_budget.ipynb #431fce4d
+def moments_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The tensors, of any shape, in the state of `optimizer`."""
+    return [t for state in optimizer.state.values() for t in tensors_in(state)]
+
+
 def metered_step(
     models: Models,
     run: DistillationConfig,
@@ -1158,8 +1167,9 @@ def metered_step(
     """Bytes kept and at the peak, kernels, bytes moved and operations of a training step by phase.
 
     It is a step of `run` with `models` and `weighting` on `device`; student and critic recompute
-    layers if `checkpointing`. Weights are not counted, nor gradients unless `gradients`; without
-    them the optimizer has nothing to do.
+    layers if `checkpointing`. Weights and moments are not counted, nor gradients unless
+    `gradients`; without them the optimizer has nothing to do. FloatingPointError if the step is
+    skipped.
     """
     modules = [models.student, models.critic, models.teacher, models.codec.vae]
     modules += [] if models.reward is None else [models.reward]
@@ -1169,18 +1179,21 @@ def metered_step(
             forget_gradients(net)
     # rewards without values overflow nothing under a cap, and the work is the same
     weighting = replace(weighting, cap=1.0, balance=0.0)
+    method = DistillationMethod(models, ["a red fox runs over snow"] * 64, weighting, run)
+    trainer = Trainer(method)
     known = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    known += [t for optimizer in trainer.optimizers.values() for t in moments_of(optimizer)]
     with gpu_kernels(), Meter(known, device) as meter, ExitStack() as patches:
         notes = PhaseNotes(meter)
-        distiller = Distiller(models, ["a red fox runs over snow"] * 64, weighting, run)
         for owner, name, phase in (*STEP_PHASES, (models.codec, "decode", "decode")):
             noted = notes.wrap(getattr(owner, name), phase)
             patches.enter_context(mock.patch.object(owner, name, noted))
-        for optimizer in (distiller.student_optimizer, distiller.critic_optimizer):
+        for optimizer in trainer.optimizers.values():
             optimizer.step = notes.wrap(optimizer.step, "optimizer")
-        named = notes.of_update(Distiller.update)
-        patches.enter_context(mock.patch.object(Distiller, "update", named))
-        distiller.step()
+        trainer.update = notes.of_update(trainer.update)
+        row = trainer.step()
+    if "skipped" in row:
+        raise FloatingPointError(row["skipped"])
     return notes.rows
 
 # %% ../../nbs/wan/15c_budget.ipynb #a9af24e8
@@ -1241,9 +1254,9 @@ def copied_inputs(cfg: WanConfig, run: DistillationConfig) -> float:
 def changes_since_first_edition(s: PlanConfig) -> list[dict]:
     """What changed in the run `s` since the first edition: part, unit, and before and after."""
     student, run, dtype = resolved(s)["student"], s.distillation, s.compute_dtype
-    clip = (1 + 4 * (run.frames - 1), tuple(s.resolution))
+    clip, clips = (1 + 4 * (run.frames - 1), tuple(s.resolution)), run.micro_batch_size
     rolled, gib = rollout_cost(student, run, dtype), 2**30
-    judged = [judge_cost(s.parts, *clip, run.batch, dtype, on).kept / gib for on in (False, True)]
+    judged = [judge_cost(s.parts, *clip, clips, dtype, on).kept / gib for on in (False, True)]
     trained = 4 * num_parameters(student) / gib
     teacher = num_parameters(resolved(s)["teacher"]) / gib
     text = dtype.itemsize * frozen_parameters(s.parts)["text encoder"] / 1e9
@@ -1297,8 +1310,8 @@ def step_parts(
         known = ", ".join(PART_SIZES)
         raise ValueError(f"size, device: expected {known} on meta or cpu, got {size!r}, {device!r}")
     parts, once = PART_SIZES[size], {"micro_batches": 1, "exit_group": 1, "critic_steps": 1}
-    steps = {"frames": STEP_FRAMES[size], "steps": (1000,)}
-    run = replace(settings.distillation, **once, **steps)
+    sampler = replace(settings.distillation.sampler, denoising_steps=(1000,))
+    run = replace(settings.distillation, **once, frames=STEP_FRAMES[size], sampler=sampler)
     s = replace(settings, parts=parts, distillation=run, gpus=1, sharded=False)
     if size != "full":
         pixels = tuple(8 * n for n in parts.net.latent_size)

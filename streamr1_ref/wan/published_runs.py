@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from ..flow import FlowSchedule
-from ..training.trainer import PRESETS, WAN_NEGATIVE_PROMPT, TrainConfig
+from ..training.presets import PRESETS, WAN_NEGATIVE_PROMPT, RunConfig
 from .checkpoints import NETWORKS, SIZES
 
 # %% auto #0
@@ -81,7 +81,7 @@ REASONS = {
 }
 
 # %% ../../nbs/wan/published_runs.ipynb #749fa366
-def reward_terms(cfg: TrainConfig) -> dict:
+def reward_terms(cfg: RunConfig) -> dict:
     """The weighting of the preset `cfg` under the names of the published configuration files."""
     w = cfg.weighting
     return {
@@ -98,7 +98,7 @@ def reward_terms(cfg: TrainConfig) -> dict:
     }
 
 
-def optimizer_terms(cfg: TrainConfig) -> dict:
+def optimizer_terms(cfg: RunConfig) -> dict:
     """Optimizers and updates of the preset `cfg` under the published names."""
     d = cfg.distillation
     return {
@@ -110,36 +110,37 @@ def optimizer_terms(cfg: TrainConfig) -> dict:
         "dfake_gen_update_ratio": d.critic_steps,
         "gradient_checkpointing": cfg.checkpointing,
         "seed": d.seed,
-        "full_training_steps": cfg.steps * d.critic_steps,
+        "full_training_steps": cfg.max_steps * d.critic_steps,
         "log_iters": cfg.save_every * d.critic_steps,
     }
 
 # %% ../../nbs/wan/published_runs.ipynb #9b69a5e0
-def in_published_terms(cfg: TrainConfig, teacher: str, critic: str | None, gpus: int = 8) -> dict:
+def in_published_terms(cfg: RunConfig, teacher: str, critic: str | None, gpus: int = 8) -> dict:
     """The settings of the preset `cfg` under the names of the published configuration files.
 
     `teacher` and `critic` are names of SIZES, a critic of None is the teacher's; `gpus` share the
     clips of an update.
     """
     d, net, schedule = cfg.distillation, SIZES["1.3B"], FlowSchedule()
-    accumulate, window = d.micro_batches // gpus, d.cache.window_frames
+    sampler, clips, accumulate = d.sampler, d.micro_batch_size, d.micro_batches // gpus
+    window = sampler.cache.window_frames
     # Self Forcing counts updates of the critic until the EMA begins, the others micro-steps
     unit = accumulate if window else 1
     return {
         "real_name": f"Wan2.1-T2V-{teacher}",
         "fake_name": f"Wan2.1-T2V-{critic or teacher}",
-        "denoising_step_list": list(d.steps),
+        "denoising_step_list": list(sampler.denoising_steps),
         "num_train_timestep": schedule.num_train_timesteps,
         "timestep_shift": schedule.shift,
-        "guidance_scale": d.guidance,
-        "batch_size": d.batch,
-        "clips of an update": d.batch * d.micro_batches,
+        "guidance_scale": d.guidance_scale - 1.0,  # theirs is w in cond + w (cond - uncond)
+        "batch_size": clips,
+        "clips of an update": clips * d.micro_batches,
         "ema_start_step": cfg.ema_start * d.critic_steps * unit,
         "negative_prompt": d.negative_prompt,
-        "image_or_video_shape": [d.batch, d.frames, net.in_channels, *net.latent_size],
-        "num_frame_per_block": d.frames_per_block,
+        "image_or_video_shape": [clips, d.frames, net.in_channels, *net.latent_size],
+        "num_frame_per_block": sampler.frames_per_block,
         "local_attn_size": window or -1,
-        "sink_size": d.cache.num_sink,
+        "sink_size": sampler.cache.num_sink,
         "gradient_accumulation_steps": accumulate,
         **optimizer_terms(cfg),
         **reward_terms(cfg),
