@@ -101,7 +101,7 @@ def embed_command(
     text_cache: str = "weights/text",
     data: str = WanTrainConfig.data,
     base: str = WanTrainConfig.base,
-    max_steps: int | None = None,
+    steps: int | None = None,
     seed: int = 0,
     batch: int = 16,
     dtype: Literal["bfloat16", "float32"] | None = None,
@@ -115,21 +115,21 @@ def embed_command(
         text_cache: Folder for the embeddings, to be given to train as --text-cache.
         data: File with a prompt a line.
         base: Diffusers folder with text_encoder and tokenizer.
-        max_steps: Student updates of the training; by default the preset's.
+        steps: Student updates of the training; by default the preset's.
         seed: Seed of the training, which decides what prompts its steps read.
         batch: Prompts of one call.
         dtype: Number format of the embeddings, which is what the training computes in; by default
             bfloat16 on a GPU.
 
     Raises:
-        ValueError: max_steps or batch is below 1.
+        ValueError: steps or batch is below 1.
     """
-    if batch < 1 or max_steps is not None and max_steps < 1:
-        raise ValueError(f"batch, max_steps: expected at least 1, got {batch} and {max_steps}")
+    if batch < 1 or steps is not None and steps < 1:
+        raise ValueError(f"batch, steps: expected at least 1, got {batch} and {steps}")
     check_files({"data": data, "base": base})
     run = wan_run(preset, data=data, base=base, text_cache=text_cache, dtype=dtype)
     distillation = replace(run.distillation, seed=seed)
-    run = replace(run, max_steps=max_steps or run.max_steps, distillation=distillation)
+    run = replace(run, max_steps=steps or run.max_steps, distillation=distillation)
     embed_missing(run, place_process(), batch)
 
 # %% ../../nbs/cli/prepare.ipynb #6386da35

@@ -68,7 +68,9 @@ class TinyTrainConfig(RunConfig):
         """
         pipe = StreamR1Pipeline.from_pretrained("tiny")
         load_wan_weights(pipe.sampler.net, weights)
-        sampler = replace(pipe.sampler, config=self.distillation.sampler)
+        # a running stream has the noise level itself, not the training grid's nearest
+        config = replace(self.distillation.sampler, context_lookup="exact")
+        sampler = replace(pipe.sampler, config=config)
         return replace(pipe, sampler=sampler).save_pretrained(Path(self.out) / "pipeline")
 
     def prompts(self) -> list[str]:

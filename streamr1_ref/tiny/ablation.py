@@ -50,7 +50,10 @@ VARIANTS = {
 # %% ../../nbs/tiny/16_ablation.ipynb #3490d173
 @dataclass(frozen=True)
 class AblationConfig:
-    """The budget that every variant gets, and what is measured after it."""
+    """The budget that every variant gets, and what is measured after it.
+
+    Raises ValueError for a budget of nothing.
+    """
 
     seeds: int = 5  # runs of every variant
     steps: int = 40  # student updates
@@ -61,6 +64,11 @@ class AblationConfig:
     captions: int = 128  # held-out ones, a clip each
     drift_captions: int = 8  # streamed for a minute
     drift_seconds: int = 60  # length of those streams
+
+    def __post_init__(self):
+        for name in ("seeds", "steps", "batch", "frames", "captions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
 # %% ../../nbs/tiny/16_ablation.ipynb #e634e9c4
 def spread(captions: list[Caption], count: int) -> list[Caption]:
