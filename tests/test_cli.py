@@ -49,7 +49,7 @@ def test_demo_writes_the_same_files_twice(tmp_path):
 def test_help_is_readable(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
-    out = " ".join(capsys.readouterr().out.split())
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert stop.value.code == 0 and "usage: streamr1" in out
     assert about(command)[:40] in out
     assert about(command) == load_command(command).__doc__.splitlines()[0]
@@ -58,7 +58,7 @@ def test_help_is_readable(command, capsys):
 def test_presets_have_their_own_help(capsys):
     with pytest.raises(SystemExit):
         main(["train", "tiny", "--help"])
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())  # without frames
     for text in ("--resume", "--distillation.student-lr", "--weighting.beta", "(default: 40)"):
         assert text in out
 
@@ -102,10 +102,12 @@ def test_mistakes_end_with_one_line_and_code_2(tmp_path):
     ],
 )
 def test_settings_are_refused_before_anything_runs(args, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(list(args))
+    try:
+        code = main(list(args))
+    except SystemExit as stop:  # by the parser
+        code = stop.code
     told = capsys.readouterr()
-    assert stop.value.code == 2 and "Traceback" not in told.err + told.out
+    assert code == 2 and told.err + told.out and "Traceback" not in told.err + told.out
 
 
 def test_interruption_ends_with_130(tmp_path):

@@ -173,7 +173,7 @@ class BenchWanStepConfig:
     def __post_init__(self):
         check_choices(self)
 
-
+# %% ../../nbs/cli/bench_wan.ipynb #53f13ed2
 def plan_of_bench(
     run: BenchWanStepConfig, name: str, world: int, dtype: torch.dtype
 ) -> tuple[Sizes, PlanConfig]:

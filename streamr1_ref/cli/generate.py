@@ -105,7 +105,7 @@ def timed_frames(
         seconds.append(perf_counter() - began)
         yield frame
 
-
+# %% ../../nbs/cli/generate.ipynb #284ed077
 def film(
     pipe: StreamR1Pipeline, path: Path, prompt: str, seconds: float, seed: int, enlarge: int
 ) -> dict:
