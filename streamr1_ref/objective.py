@@ -14,7 +14,7 @@ import torch
 
 from .attention import block_sizes
 from .balance import AdaptiveBalance
-from .dmd import critic_loss, dmd_gradient, predictions, score_timesteps, toward
+from .dmd import critic_loss, dmd_gradient, predictions, score_timesteps, surrogate_loss
 from .flow import FlowSchedule
 from .ports import LatentCodec, RewardModel, TextEncoder
 from .reliability import effective_sample_size, rollout_weight
@@ -65,7 +65,7 @@ def stream_r1_loss(
     if not (finite := gradient.isfinite().flatten(1).all(1)).all():
         clip = (~finite).nonzero()[0].item()
         raise ValueError(f"gradient: expected finite values, clip {clip} has others")
-    loss = toward(x, gradient)
+    loss = surrogate_loss(x, gradient)
     if intra_weight is not None:
         check_tensor("intra_weight", intra_weight, "B F H W", B=B, F=n, H=H, W=W)
         loss = loss * intra_weight[:, :, None]
@@ -158,8 +158,8 @@ def saliency_maps(
             f"saliency: expected a reward model with to_patches and score_patches for {kind!r}, "
             f"got {type(model).__name__}; take saliency='pixels'"
         )
-    layout = "published" if kind == "published" else "raster"
-    rewards, maps = patch_saliency_maps(model, pixels, prompts, layout)
+    merge = 1 if kind == "published" else None  # 1: blocks of patches taken for rows
+    rewards, maps = patch_saliency_maps(model, pixels, prompts, merge)
     return rewards, {axis: pool_to_latent(m, latent_size) for axis, m in maps.items()}
 
 # %% ../nbs/12_stream_r1.ipynb #c12a0001

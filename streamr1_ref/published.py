@@ -195,7 +195,7 @@ _GRADIENT = (
     Switch(
         name="cut-prompts",
         errata=(37,),
-        setting="wan.checkpoints.UMT5Text.truncate",
+        setting="wan.text.UMT5Text.truncate",
         ours=False,
         published=True,
         effect="Prompts of more than 512 tokens are cut in silence instead of being refused.",

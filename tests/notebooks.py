@@ -45,11 +45,14 @@ MAX_CELL = 40  # lines; a class stays whole
 # the order of the course; a module imports only modules of notebooks before its own
 ORDER = """
 conventions files runtime video widgets ports
+health method distributed checkpoint tracking 13_training
 00_moving_digits 00b_oracle 01_latents 02_flow_matching 03_transformer text
 03b_tiny_teacher 03c_exact_teacher 03d_better_teacher 04_causal_attention 05_sink_cache
 06_self_forcing 06b_tiny_student 07_dmd_gradient 07b_plane 08_reward_model 08b_tiny_reward
-09_reward_weighting 10_saliency 11_adaptive_balancing 12_stream_r1 models 13_training 14_streaming
-vae 15_wan 15a_video_reward 15b_full_scale 15c_budget 16_ablation errata public cli index
+09_reward_weighting 10_saliency 11_adaptive_balancing 12_stream_r1 models presets 14_streaming
+pipeline player vae 15_wan umt5 15a_video_reward download 15b_full_scale score published_runs
+15c_budget 16_ablation published errata interface public
+processes demo wan_run train prepare generate rebuild timing bench_wan bench cli index
 """.split()
 
 

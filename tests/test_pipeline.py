@@ -12,7 +12,7 @@ import torch
 from streamr1_ref.cache import CacheConfig
 from streamr1_ref.pipeline import PARTS, PRESETS, StreamR1Pipeline
 from streamr1_ref.tiny.player import Player
-from streamr1_ref.training.trainer import PRESETS as RUNS
+from streamr1_ref.training.presets import PRESETS as RUNS
 from streamr1_ref.utils.files import read_config, write_config
 
 PROMPTS = ["a red 3 moving left", "a cyan 0 moving up quickly"]

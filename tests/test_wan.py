@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast, Qwen2VLModel
 
-from streamr1_ref.cli import main as cli
+from streamr1_ref.cli.main import main as cli
 from streamr1_ref.reward import AXES
 from streamr1_ref.training.presets import PRESETS
 from streamr1_ref.transformer import WanTransformer

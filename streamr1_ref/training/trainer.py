@@ -26,9 +26,34 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 __all__ = ['TrainConfig', 'clip_gradient', 'ema_decay', 'interruptible', 'Trainer']
 
 # %% ../../nbs/training/13_training.ipynb #f86c6dae
-from .checkpoint import (differences, fill_state, make_state, newest, optimizer_numbers, optimizer_tensors, read_state, read_tensors, set_optimizer_numbers, write_checkpoint)
-from .distributed import (agree, anywhere, barrier, gather_records, local, rank_and_world, whole)
-from .method import (Record, TrainingMethod, check_method, check_updates, join_records)
+from streamr1_ref.training.checkpoint import (
+    differences,
+    fill_state,
+    make_state,
+    newest,
+    optimizer_numbers,
+    optimizer_tensors,
+    read_state,
+    read_tensors,
+    set_optimizer_numbers,
+    write_checkpoint,
+)
+from streamr1_ref.training.distributed import (
+    agree,
+    anywhere,
+    barrier,
+    gather_records,
+    local,
+    rank_and_world,
+    whole,
+)
+from streamr1_ref.training.method import (
+    Record,
+    TrainingMethod,
+    check_method,
+    check_updates,
+    join_records,
+)
 from .tracking import Tracker, TrackerName, open_trackers, rounded, trim_log
 from ..utils.checks import check_choices
 from ..utils.runtime import progress as progress_bar
