@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast, Qwen2VLModel
 
-from streamr1_ref.cli.main import main as cli
+from streamr1_ref.cli import main as cli
 from streamr1_ref.training.presets import PRESETS
 from streamr1_ref.transformer import WanTransformer
 from streamr1_ref.utils.files import load_tensors, save_tensors
