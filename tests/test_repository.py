@@ -6,10 +6,9 @@ import subprocess
 from configparser import ConfigParser
 
 import pytest
+from notebooks import ROOT, notebooks
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-from notebooks import ROOT, notebooks
 
 tracked = subprocess.run(
     ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
