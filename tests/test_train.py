@@ -18,7 +18,7 @@ import torch
 import tyro
 from PIL import Image, ImageChops
 
-from streamr1_ref.cli.main import main as cli
+from streamr1_ref.cli import main as cli
 from streamr1_ref.objective import DistillationConfig, DistillationMethod
 from streamr1_ref.tiny.models import tiny_models
 from streamr1_ref.tiny.world import caption_split
@@ -508,7 +508,7 @@ def test_tensorboard_gets_every_step_once(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_found_before_training(tmp_path, monkeypatch):
-    from streamr1_ref.cli.main import main as cli
+    from streamr1_ref.cli import main as cli
     from streamr1_ref.utils import files
 
     usage = type("Usage", (), {"free": 1_000_000})
