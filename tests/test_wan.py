@@ -75,7 +75,7 @@ def wan_run(folder, out, **changes):
     preset = PRESETS["wan-1.3b"]
     quick = {"frames": 3, "micro_batches": 1, "exit_group": 1, "critic_steps": 1}
     small = replace(preset.distillation, **quick, student_lr=1e-4, critic_lr=1e-4)
-    settings = vars(preset) | {"steps": 2, "save_every": 1, "distillation": small} | changes
+    settings = vars(preset) | {"max_steps": 2, "save_every": 1, "distillation": small} | changes
     return WanTrainConfig(
         **{
             **paths(folder),
@@ -130,7 +130,7 @@ def test_the_command_trains_with_every_real_component(downloads, tmp_path):
             assert math.isfinite(record[name])
     check_trained(tmp_path / "run", downloads)
     assert embeddings_in(tmp_path / "text") == 3  # two prompts and the empty one
-    train(wan_run(downloads, tmp_path, steps=3, resume=True))
+    train(wan_run(downloads, tmp_path, max_steps=3, resume=True))
     assert len(records_of(tmp_path / "run")) == 3
 
 
@@ -147,7 +147,7 @@ def test_processes_mixed_precision_recomputing_and_offloading(downloads, tmp_pat
         "head-dim": 24,
         "student-size": "None",
         "dtype": "bfloat16",
-        "steps": 1,
+        "max_steps": 1,
         "save-every": 1,
         "out": tmp_path / "run",
         "distillation.frames": 3,
