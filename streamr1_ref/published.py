@@ -137,7 +137,7 @@ _CACHE = (
     Switch(
         name="noisy-context",
         errata=(22,),
-        setting="objective.DistillationConfig.context_lookup",
+        setting="rollout.SamplerConfig.context_lookup",
         ours="exact",
         published="nearest",
         effect="In training finished blocks enter the cache with noise of level 0.005.",

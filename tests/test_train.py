@@ -18,7 +18,7 @@ import torch
 import tyro
 from PIL import Image, ImageChops
 
-from streamr1_ref.cli import main as cli
+import streamr1_ref.cli.train as cli
 from streamr1_ref.objective import DistillationConfig, DistillationMethod
 from streamr1_ref.tiny.models import tiny_models
 from streamr1_ref.tiny.world import caption_split
@@ -508,13 +508,12 @@ def test_tensorboard_gets_every_step_once(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_found_before_training(tmp_path, monkeypatch):
-    from streamr1_ref.cli import main as cli
     from streamr1_ref.utils import files
 
     usage = type("Usage", (), {"free": 1_000_000})
     monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(OSError, match=r"out: expected \d+ MB free for .*, there are 1 MB"):
-        cli.train(cli.TinyRun(out=str(tmp_path / "run")))
+        cli.train(cli.TinyTrainConfig(out=str(tmp_path / "run")))
     assert not list((tmp_path / "run").iterdir())
 
 
@@ -565,7 +564,7 @@ def test_accumulated_gradient_is_the_mean_of_the_micro_batches():
 
 def test_an_attention_kernel_that_cannot_run_here_is_refused_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "advance", lambda self: pytest.fail("a step was taken"))
-    run_of = cli.TinyRun(
+    run_of = cli.TinyTrainConfig(
         **vars(PRESETS["tiny"]) | {"attention": "flash", "out": str(tmp_path / "run")}
     )
     with pytest.raises(
@@ -584,7 +583,7 @@ def test_a_preset_on_the_command_line_sets_the_defaults_and_flags_win():
         "--distillation.guidance-scale",
         "4",
     ]
-    made = tyro.cli(cli.train_command(cli.preset_of(args)).__annotations__["run"], args=args)
+    made = tyro.cli(cli.train_command(args).__annotations__["run"], args=args)
     assert (
         made.preset == "stream-r1"
         and made.teacher == "weights/wan-1.3b"

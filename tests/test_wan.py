@@ -19,7 +19,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast, Qwen2VLModel
 
-from streamr1_ref.cli.main import main as cli
+from streamr1_ref.cli.generate import WanVideoConfig, generate, score
+from streamr1_ref.cli.prepare import download_command, embed_command
+from streamr1_ref.cli.train import train, with_method
+from streamr1_ref.cli.wan_run import WanTrainConfig
 from streamr1_ref.reward import AXES
 from streamr1_ref.training.presets import PRESETS
 from streamr1_ref.transformer import WanTransformer
@@ -73,7 +76,7 @@ def wan_run(folder, out, **changes):
     quick = {"frames": 3, "micro_batches": 1, "exit_group": 1, "critic_steps": 1}
     small = replace(preset.distillation, **quick, student_lr=1e-4, critic_lr=1e-4)
     settings = vars(preset) | {"max_steps": 2, "save_every": 1, "distillation": small} | changes
-    return cli.WanRun(
+    return WanTrainConfig(
         **{
             **paths(folder),
             "reward_size": (28, 56),
@@ -119,7 +122,7 @@ def embeddings_in(folder):
 
 @pytest.mark.slow
 def test_the_command_trains_with_every_real_component(downloads, tmp_path):
-    cli.train(wan_run(downloads, tmp_path))
+    train(wan_run(downloads, tmp_path))
     records = records_of(tmp_path / "run")
     assert [r["step"] for r in records] == [1, 2] and not any("skipped" in r for r in records)
     for record in records:
@@ -127,7 +130,7 @@ def test_the_command_trains_with_every_real_component(downloads, tmp_path):
             assert math.isfinite(record[name])
     check_trained(tmp_path / "run", downloads)
     assert embeddings_in(tmp_path / "text") == 3  # two prompts and the empty one
-    cli.train(wan_run(downloads, tmp_path, max_steps=3, resume=True))
+    train(wan_run(downloads, tmp_path, max_steps=3, resume=True))
     assert len(records_of(tmp_path / "run")) == 3
 
 
@@ -181,13 +184,13 @@ def test_missing_files_are_named_all_at_once_before_any_work(downloads, tmp_path
         match="these are missing:\n  student: .*download ode-init.*\n  base: .*absent\n"
         "  reward: .*download video-reward",
     ):
-        cli.train(run)
+        train(run)
     for change, says in (
         ("base", "text_encoder, tokenizer, vae"),
         ("reward", "model_config.json|checkpoint-N"),
     ):
         with pytest.raises((OSError, ValueError), match=says):
-            cli.train(replace(wan_run(downloads, tmp_path), **{change: str(tmp_path)}))
+            train(replace(wan_run(downloads, tmp_path), **{change: str(tmp_path)}))
     assert not (tmp_path / "run").exists()
 
 
@@ -197,42 +200,42 @@ def test_wrong_sizes_are_refused(downloads, tmp_path):
         match="expected the weights of Wan2.1 1.3B, .*student.safetensors holds those of a network "
         "of width 48 with 2 layers",
     ):
-        cli.train(wan_run(downloads, tmp_path, student_size="1.3B"))
+        train(wan_run(downloads, tmp_path, student_size="1.3B"))
     with pytest.raises(
         ValueError,
         match=r"resolution: expected height and width in multiples of 16, .*, got \(30, 48\)",
     ):
-        cli.train(wan_run(downloads, tmp_path, resolution=(30, 48)))
+        train(wan_run(downloads, tmp_path, resolution=(30, 48)))
 
 
 @pytest.mark.slow
 def test_too_little_gpu_memory_is_refused_with_the_plans_figures(downloads, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "gpu_memory", lambda: 1e5)
+    monkeypatch.setattr("streamr1_ref.cli.wan_run.gpu_memory", lambda: 1e5)
     with pytest.raises(
         ValueError,
         match="on GPUs start it with torchrun, also on one: torchrun --standalone --nproc-per",
     ):
-        cli.train(wan_run(downloads, tmp_path))
+        train(wan_run(downloads, tmp_path))
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(
         ValueError,
         match="gpus: one layer at work in phase .* needs .*, a GPU has 0.0 GiB; more GPUs do not",
     ):
-        cli.train(wan_run(downloads, tmp_path))
-    monkeypatch.setattr(cli, "gpu_memory", lambda: 14 * 2**30)
+        train(wan_run(downloads, tmp_path))
+    monkeypatch.setattr("streamr1_ref.cli.wan_run.gpu_memory", lambda: 14 * 2**30)
     says = (
         "gpus: expected .* GiB of memory on each of 1 in phase .*text encoder .*, there are 14.0 "
         "GiB; it fits with --text-cache"
     )
     with pytest.raises(ValueError, match=says):
-        cli.train(wan_run(downloads, tmp_path))
+        train(wan_run(downloads, tmp_path))
     assert not (tmp_path / "run").exists()
 
 
 def test_too_little_disk_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**9))
     with pytest.raises(OSError, match="out: expected 57200 MB free for .*, there are 1000 MB"):
-        cli.download_command(("wan-14b",), str(tmp_path / "weights"), str(tmp_path))
+        download_command(("wan-14b",), str(tmp_path / "weights"), str(tmp_path))
 
 
 def test_prompts_of_more_than_512_tokens(downloads, tmp_path):
@@ -241,7 +244,7 @@ def test_prompts_of_more_than_512_tokens(downloads, tmp_path):
     with pytest.raises(
         ValueError, match="prompts: expected at most 512 tokens, got 601 in 'fox fox"
     ):
-        cli.generate(
+        generate(
             "wan-1.3b", prompts=str(long), out=str(tmp_path / "videos"), wan=wan_video(downloads)
         )
     assert not list((tmp_path / "videos").glob("*.mp4"))  # before the first video was made
@@ -375,7 +378,7 @@ def test_prompt_files_are_not_read_whole(tmp_path):
 
 
 def wan_video(folder, **changes):
-    return cli.WanVideo(
+    return WanVideoConfig(
         **{
             "checkpoint": str(folder / "student.safetensors"),
             "base": str(folder / "base"),
@@ -389,7 +392,7 @@ def wan_video(folder, **changes):
 
 @pytest.mark.slow
 def test_the_command_generates_from_a_checkpoint(downloads, tmp_path):
-    cli.generate(
+    generate(
         "wan-1.3b",
         prompts=str(downloads / "prompts.txt"),
         seconds=0.5,
@@ -409,14 +412,14 @@ def test_the_command_generates_from_a_checkpoint(downloads, tmp_path):
     (first, _), (clip, fps) = (read_mp4(tmp_path / m["file"]) for m in made[:2])
     assert clip.shape == (8, 3, 32, 48) and fps == 16 and not torch.equal(clip, first)
     files = [str(downloads / name) for name in ("reward", "qwen", "template.txt")]
-    cli.score(str(tmp_path), *files, (28, 56))
+    score(str(tmp_path), *files, (28, 56))
     rows = list(csv.DictReader((tmp_path / "scores.csv").open()))
     assert [row["file"] for row in rows] == list(by_file)
     assert all(math.isfinite(float(row["overall"])) for row in rows)
     seen = {"odd_frame": "drop", "clamp": "True", "eight_bits": "floor"}
     seen |= {"own_wording": "False", "chat": "False"}
     assert {name: rows[0][f"input_{name}"] for name in seen} == seen
-    cli.score(str(tmp_path), *files, sampling="offline", out=str(tmp_path / "offline.csv"))
+    score(str(tmp_path), *files, sampling="offline", out=str(tmp_path / "offline.csv"))
     offline = list(csv.DictReader((tmp_path / "offline.csv").open()))
     assert offline[0]["input_eight_bits"] == "round"
     assert offline[0]["input_frames"].endswith("of 8, 2 a second")
@@ -457,7 +460,7 @@ def test_processes_share_the_prompts(downloads, tmp_path, monkeypatch):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
         prompts = ("a red 3 moving left", "a cyan 0 moving up", "a blue 7 moving down")
-        cli.generate("tiny", prompts, seconds=0.2, out=str(tmp_path))
+        generate("tiny", prompts, seconds=0.2, out=str(tmp_path))
     for rank, files in enumerate((["000.mp4", "002.mp4"], ["001.mp4"])):
         made = json.loads((tmp_path / f"videos-{rank}.json").read_text())
         assert [m["file"] for m in made] == files
@@ -477,17 +480,17 @@ def test_the_critic_has_a_size_of_its_own(downloads, tmp_path):
         critic=str(downloads / "teacher.safetensors"),
         method="DMD",
     )
-    models = cli.with_method(run).models()
+    models = with_method(run).models()
     assert [net.cfg.dim for net in (models.student, models.teacher, models.critic)] == [48, 96, 48]
     start = load_tensors(downloads / "teacher.safetensors")[0]
     assert all(torch.equal(p, start[name]) for name, p in models.critic.named_parameters())
-    cli.train(run)
+    train(run)
     assert len(records_of(tmp_path / "run")) == 2
     with pytest.raises(
         ValueError,
         match="expected the weights of Wan2.1 1.3B, .*teacher.safetensors holds those of a network",
     ):
-        cli.train(
+        train(
             wan_run(
                 downloads,
                 tmp_path,
@@ -517,7 +520,7 @@ def test_a_frozen_teacher_is_kept_in_the_dtype_of_computing(downloads):
 
 @pytest.mark.slow
 def test_plain_dmd_needs_no_reward_model_on_disk(downloads, tmp_path):
-    cli.train(
+    train(
         wan_run(
             downloads,
             tmp_path,
@@ -532,7 +535,7 @@ def test_plain_dmd_needs_no_reward_model_on_disk(downloads, tmp_path):
     with pytest.raises(
         FileNotFoundError, match="these are missing:\n  reward: nowhere\n  reward_base: nowhere"
     ):
-        cli.train(
+        train(
             wan_run(
                 downloads, tmp_path / "2", method="Re-DMD", reward="nowhere", reward_base="nowhere"
             )
@@ -545,12 +548,12 @@ def test_embeddings_made_beforehand_replace_the_text_encoder(
 ):
     cache = tmp_path / "text"
     settings = {"data": str(downloads / "prompts.txt"), "base": str(downloads / "base")}
-    cli.embed_command("wan-1.3b", str(cache), **settings, steps=1)
+    embed_command("wan-1.3b", str(cache), **settings, steps=1)
     assert embeddings_in(cache) == 3 and "wrote 3 embeddings" in capsys.readouterr().out
     sizes = sum(p.stat().st_size for p in cache.rglob("*.safetensors"))
     victim = sorted(cache.rglob("*.safetensors"))[0]
     victim.unlink()  # interrupted before the last one
-    cli.embed_command("wan-1.3b", str(cache), **settings, steps=1)
+    embed_command("wan-1.3b", str(cache), **settings, steps=1)
     said = capsys.readouterr().out
     assert "2 of 3 embeddings are in" in said and "wrote 1 embeddings" in said and victim.exists()
     assert sum(p.stat().st_size for p in cache.rglob("*.safetensors")) == sizes
@@ -562,13 +565,11 @@ def test_embeddings_made_beforehand_replace_the_text_encoder(
         wan_run(downloads, tmp_path).distillation,
         negative_prompt=PRESETS["wan-1.3b"].distillation.negative_prompt,
     )
-    cli.train(
-        wan_run(downloads, tmp_path, method="DMD", text_cache=str(cache), distillation=negative)
-    )
+    train(wan_run(downloads, tmp_path, method="DMD", text_cache=str(cache), distillation=negative))
     assert "3 of 3 embeddings are in" in capsys.readouterr().err
     with pytest.raises(OSError, match="out: expected .* free for .*text2"):
         monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
-        cli.embed_command("wan-1.3b", str(tmp_path / "text2"), **settings, steps=1)
+        embed_command("wan-1.3b", str(tmp_path / "text2"), **settings, steps=1)
 
 
 class Encoder(torch.nn.Module):
@@ -602,12 +603,12 @@ def test_a_negative_prompt_that_is_too_long_is_refused_before_anything_is_loaded
 ):
     run = wan_run(downloads, tmp_path)
     run = replace(run, distillation=replace(run.distillation, negative_prompt="fox " * 600))
-    monkeypatch.setattr(cli.WanRun, "models", lambda self: pytest.fail("models were loaded"))
+    monkeypatch.setattr(WanTrainConfig, "models", lambda self: pytest.fail("models were loaded"))
     with pytest.raises(
         ValueError,
         match="distillation.negative_prompt: prompts: expected at most 512 tokens, got 601",
     ):
-        cli.train(run)
+        train(run)
 
 
 def test_weights_with_nan_are_refused_before_training_and_before_video(downloads, tmp_path):
@@ -619,9 +620,7 @@ def test_weights_with_nan_are_refused_before_training_and_before_video(downloads
         ValueError,
         match="path: expected finite weights in .*nan.safetensors, head.head.bias has others",
     ):
-        cli.train(
-            wan_run(downloads, tmp_path, student=str(tmp_path / "nan.safetensors"), method="DMD")
-        )
+        train(wan_run(downloads, tmp_path, student=str(tmp_path / "nan.safetensors"), method="DMD"))
     with pytest.raises(
         ValueError,
         match="path: expected finite weights in .*nan.safetensors, head.head.bias has others",
