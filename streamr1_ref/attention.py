@@ -37,7 +37,7 @@ def block_sizes(num_frames: int, frames_per_block: int) -> list[int]:
 
 # %% ../nbs/04_causal_attention.ipynb #96066037
 def visibility(sizes: Sequence[int], window: int | None = None, sink: int = 0) -> torch.Tensor:
-    """Return the block-causal table [F,F], bool: may a query's frame (row) see a key's (column)?
+    """The block-causal table [F,F], bool: whether a query's frame (row) sees a key's (column).
 
     `sizes` are the blocks' frames, F their sum; `window` is all that a block sees (None: all of the
     past) and `sink` the first frames, which it always sees. Raises ValueError if the window does

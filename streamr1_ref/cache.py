@@ -192,8 +192,9 @@ class SlideWindow(KeepAll):
 class EMASink(SlideWindow):
     """Lets the sink take up what leaves the window (Reward Forcing, 2512.04678, EMA-Sink).
 
-    sink <- alpha sink + (1 - alpha) evicted. `cfg` and `store` are as in `KeepAll`; `ema` is the
-    sink in the precision in which it is kept, [2,layers,B,sink_frames,tokens,heads,d].
+    sink <- alpha sink + (1 - alpha) evicted. `cfg` is as in `KeepAll`, `store` too:
+    [2,layers,B,frames,tokens,heads,d]. `ema` is the sink in the precision in which it is kept,
+    [2,layers,B,sink_frames,tokens,heads,d].
     """
 
     def __init__(self, cfg: CacheConfig, store: torch.Tensor):
@@ -230,7 +231,7 @@ EVICTIONS = {"keep": KeepAll, "none": SlideWindow, "static": SlideWindow, "ema":
 class OpenBlock:
     """A block between `begin_block` and `commit`: what it sees, and the tables that rotate it."""
 
-    visible: Visible
+    visible: Visible  # the frames that it sees
     past_table: torch.Tensor  # [2,past tokens,head_dim/2], for keys of the past
     key_table: torch.Tensor  # [2,N,head_dim/2], for keys of the block
     query_table: torch.Tensor  # [2,N,head_dim/2], for its queries
@@ -243,7 +244,7 @@ def open_block(
     """Return the block that sees `visible`, with its tables [2,tokens,head_dim/2].
 
     `cfg` chooses the rule for positions, a frame has `grid` (rows, columns) tokens, and the tables
-    are on the device of `like`, in its dtype but at least float32.
+    are on the device of `like` [...], a tensor of any shape, in its dtype but at least float32.
     """
     past, keys, queries = POSITIONS[cfg.positions](visible, cfg, like.device)
     dtype = torch.promote_types(like.dtype, torch.float32)

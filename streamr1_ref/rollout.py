@@ -203,7 +203,8 @@ def plan_blocks(
 ) -> Iterator[BlockPlan]:
     """Yield the plans of a stream: first the blocks that are `given`, then one for each of `noise`.
 
-    All are [B,f,C,H,W]. Noise between steps is `renoise[block][step]`, or drawn from `generator`;
+    Blocks of `given` and `noise` are [B,f,C,H,W]. Between steps `renoise[block][step]` [B,f,C,H,W]
+    is added, or what is drawn from `generator`;
     `exit_steps[block]` is the call at which a block of noise stops, by default the last.
     """
     for latents in given:
@@ -249,8 +250,9 @@ class Stream:
     """An iterator over finished blocks of latents [B,f,C,H,W], made by `StreamSampler.stream`.
 
     `sampler` decides how; prompt_embeds is [B,L,text_dim], `noise` are the blocks to start from
-    [B,f,C,H,W], and latents have `latent_size` (rows, columns). `generator` and `renoise` give the
-    noise between steps, as in `plan_blocks`; `initial` [B,k,C,H,W] is a start that comes out first.
+    [B,f,C,H,W], and latents have `latent_size` (rows, columns). Noise between
+    steps is `renoise[block][step]` [B,f,C,H,W] or drawn from `generator`, as in `plan_blocks`;
+    `initial` [B,k,C,H,W] is a start that comes out first.
     """
 
     def __init__(

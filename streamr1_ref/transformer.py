@@ -277,7 +277,8 @@ class Block(nn.Module):
         """Return tokens [B,N,dim] for tokens x [B,N,dim].
 
         `time` [B,f,6,dim] is the noise level's projection, `context` [B,L,dim] the prompt, and
-        `table` [2,N,head_dim/2] rotates; `cache`, `mask` and `write` are those of `Attention`.
+        `table` [2,N,head_dim/2] rotates; `mask` is bool [N,N]; `cache` and `write` are those of
+        `Attention`.
         """
         shifts, scales, gates = (self.modulation + time).unflatten(2, (2, 3)).unbind(3)
         shown = modulate(self.norm1(x), shifts[:, :, 0], scales[:, :, 0])

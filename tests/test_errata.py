@@ -18,8 +18,9 @@ from streamr1_ref.flow import FlowSchedule, apply_guidance
 from streamr1_ref.objective import (
     METHODS,
     DistillationConfig,
-    Distiller,
+    DistillationMethod,
     WeightingConfig,
+    draw_micro_batch,
     judge_rollouts,
 )
 from streamr1_ref.published import WITHOUT_SWITCH, patch_saliency, switches_for
@@ -32,6 +33,7 @@ from streamr1_ref.tiny.plane import Lab, Mixture
 from streamr1_ref.tiny.reward import load_reward
 from streamr1_ref.tiny.student import ode_path
 from streamr1_ref.tiny.teacher import load_teacher
+from streamr1_ref.training.trainer import Trainer
 from streamr1_ref.transformer import WanConfig, WanTransformer
 from streamr1_ref.utils.files import data_path
 from streamr1_ref.utils.runtime import seeded
@@ -305,13 +307,13 @@ def test_a_step_decodes_once_and_encodes_nothing():
             return getattr(self.codec, name)
 
     models = tiny_models()
-    run = Distiller(
+    run = DistillationMethod(
         replace(models, codec=Codec(models.codec)),
         PROMPTS,
         METHODS["Stream-R1"],
-        DistillationConfig(batch=1, frames=3, critic_steps=1),
+        DistillationConfig(micro_batch_size=1, frames=3, critic_steps=1),
     )
-    assert "skipped" not in run.step() and Codec.calls == ["decode"]
+    assert "skipped" not in Trainer(run).step() and Codec.calls == ["decode"]
 
 
 def test_the_table_of_shift_8_is_nearly_that_of_shift_5():
@@ -452,13 +454,13 @@ def test_eval_switches_activation_checkpointing_off():
 
 def test_the_balance_window_gets_one_row_a_step():
     """Erratum 32: whatever the number of micro-batches, with the mean over all of them."""
-    run = Distiller(
+    run = DistillationMethod(
         tiny_models(),
         PROMPTS,
         METHODS["Stream-R1"],
-        DistillationConfig(batch=1, micro_batches=3, frames=3, critic_steps=0),
+        DistillationConfig(micro_batch_size=1, micro_batches=3, frames=3, critic_steps=0),
     )
-    record = run.step()
+    record = Trainer(run).step()
     assert len(run.balance.history) == 1
     means = [record[axis] for axis in ("VQ", "MQ", "TA")]
     assert run.balance.history[0] == pytest.approx(means, abs=1e-5)
@@ -466,8 +468,7 @@ def test_the_balance_window_gets_one_row_a_step():
 
 def test_seed_0_is_a_seed():
     """Erratum 33: two runs with seed 0 draw the same prompts and the same noise."""
-    models = tiny_models()
-    draw = lambda seed: Distiller(models, PROMPTS * 8, cfg=DistillationConfig(seed=seed)).draw(3, 0)
+    draw = lambda seed: draw_micro_batch(DistillationConfig(seed=seed), PROMPTS * 8, 3)
     noise = lambda drawn: torch.randn(9, generator=drawn[0])
     first, second, other = draw(0), draw(0), draw(1)
     assert first[1:] == second[1:]
@@ -499,9 +500,8 @@ def test_scores_are_in_float32_whatever_the_model_computes_in():
 
 def test_the_critic_is_trained_before_the_student():
     """Erratum 38."""
-    cfg, order = DistillationConfig(batch=1, frames=3, critic_steps=2), []
-    run = Distiller(tiny_models(), PROMPTS, cfg=cfg)
-    for name in ("critic", "student"):
-        optimizer = getattr(run, f"{name}_optimizer")
+    cfg, order = DistillationConfig(micro_batch_size=1, frames=3, critic_steps=2), []
+    trainer = Trainer(DistillationMethod(tiny_models(), PROMPTS, cfg=cfg))
+    for name, optimizer in trainer.optimizers.items():
         optimizer.register_step_post_hook(lambda *_, name=name: order.append(name))
-    assert "skipped" not in run.step() and order == ["critic", "critic", "student"]
+    assert "skipped" not in trainer.step() and order == ["critic", "critic", "student"]

@@ -23,7 +23,7 @@ from streamr1_ref.published import (
     switches_for,
 )
 from streamr1_ref.reliability import rollout_weight
-from streamr1_ref.rollout import self_forcing_rollout
+from streamr1_ref.rollout import SamplerConfig, self_forcing_rollout
 from streamr1_ref.tiny.reward import load_reward
 from streamr1_ref.transformer import WanConfig, WanTransformer
 from streamr1_ref.utils.runtime import seeded
@@ -167,7 +167,7 @@ def test_a_row_is_complete(s):
 SETTINGS = [
     CacheConfig(),
     WeightingConfig(),
-    DistillationConfig(seed=3, cache=CacheConfig(alpha=0.9)),
+    DistillationConfig(seed=3, sampler=SamplerConfig(cache=CacheConfig(alpha=0.9))),
     RewardInput(),
     FlowSchedule(),
 ]

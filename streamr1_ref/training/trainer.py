@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -373,6 +372,8 @@ class Trainer:
         """Write the method's pictures of this step into folder/samples."""
         made = self.pictures()
         if self.rank == 0:
+            from PIL import Image  # only runs with pictures need it
+
             (self.folder / "samples").mkdir(exist_ok=True)
             path = self.folder / "samples" / f"step-{self.step_count:06d}.png"
             Image.fromarray(made.numpy()).save(path)

@@ -10,9 +10,7 @@ from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
-import av
 import torch
-from PIL import Image
 
 from .checks import check_tensor
 
@@ -53,6 +51,8 @@ def write_mp4(
     Each pixel becomes a square of `enlarge` pixels. The same frames give the same bytes, and the
     file has its name when it is whole. Raises ValueError for odd sides or no frame.
     """
+    import av  # large libraries load where they are used: training imports this module
+
     path = Path(path)
     if isinstance(clip, torch.Tensor):
         check_tensor("clip", clip, "T C H W", C=3)
@@ -85,6 +85,8 @@ def read_mp4(path: str | Path) -> tuple[torch.Tensor, float]:
 
     Raises FileNotFoundError if there is none.
     """
+    import av
+
     if not Path(path).is_file():
         raise FileNotFoundError(f"path: expected a video file, {path} does not exist")
     with av.open(str(path)) as container:
@@ -100,6 +102,8 @@ def write_gif(path: str | Path, clip: torch.Tensor, fps: int = 16, enlarge: int 
     A GIF has 256 colours a frame and shows `fps` frames a second; each pixel becomes a square of
     `enlarge` pixels.
     """
+    from PIL import Image
+
     first, *rest = (Image.fromarray(frame) for frame in to_bytes(clip, enlarge).numpy())
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     first.save(path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
