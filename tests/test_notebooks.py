@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+
 from notebooks import (
     MAX_CELL,
     MAX_PATCHES,

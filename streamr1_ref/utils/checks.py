@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
 # %% auto #0
-__all__ = ['check_tensor', 'check_pixels', 'check_choices']
+__all__ = ['check_tensor', 'check_pixels', 'check_choices', 'check_numbers']
 
 # %% ../../nbs/reference/conventions.ipynb #52449368
 def check_tensor(name: str, x: torch.Tensor, layout: str, **sizes: int) -> torch.Tensor:
@@ -94,3 +95,25 @@ def check_choices(settings: Any) -> None:
             raise ValueError(
                 f"{field.name}: expected {several} {', '.join(map(repr, known))}, got {value!r}"
             )
+
+# %% ../../nbs/reference/conventions.ipynb #d0d5dbbd
+def check_numbers(settings: object, **ranges: tuple[float | None, float | None]) -> None:
+    """Raise ValueError unless fields of the dataclass instance `settings` are numbers in `ranges`.
+
+    A range is (least, largest), both allowed, None for no bound. Fields that are None are skipped,
+    and each number of a tuple is checked. The message names field, range and value.
+    """
+    for name, (least, largest) in ranges.items():
+        value = getattr(settings, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is None:
+                continue
+            real = isinstance(number, (int, float)) and not isinstance(number, bool)
+            inside = real and math.isfinite(number)
+            inside = inside and (least is None or number >= least)
+            if not inside or largest is not None and number > largest:
+                above = "" if least is None else f" of at least {least:g}"
+                below = (
+                    "" if largest is None else f"{' and' if above else ' of'} at most {largest:g}"
+                )
+                raise ValueError(f"{name}: expected a number{above}{below}, got {value!r}")
