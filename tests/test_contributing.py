@@ -4,8 +4,8 @@ import ast
 import re
 
 import pytest
-
 from notebooks import ROOT
+
 from streamr1_ref import attention
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative_error
-
 from notebooks import NBS, ROOT, notebooks
+
 from streamr1_ref.cache import CacheConfig
 from streamr1_ref.dmd import guided, published_guidance, score_timesteps
 from streamr1_ref.flow import FlowSchedule, apply_guidance

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-
 from notebooks import (
     MAX_CELL,
     MAX_PATCHES,

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import relative_error
-
 from notebooks import NBS
+
 from streamr1_ref.cache import CacheConfig
 from streamr1_ref.dmd import dmd_gradient, predictions
 from streamr1_ref.flow import FlowSchedule

@@ -9,10 +9,9 @@ from graphlib import TopologicalSorter
 
 import pytest
 from conftest import SLOW
+from notebooks import ROOT, module_of, notebooks, package_files
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-from notebooks import ROOT, module_of, notebooks, package_files
 
 tracked = subprocess.run(
     ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
