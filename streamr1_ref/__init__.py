@@ -16,6 +16,7 @@ _MODULE_OF = {  # public name: the module that defines it, in the order of the c
     "WanTransformer": "transformer",
     "load_wan_weights": "transformer",
     "CacheConfig": "cache",
+    "SamplerConfig": "rollout",
     "StreamSampler": "rollout",
     "self_forcing_rollout": "rollout",
     "dmd_gradient": "dmd",

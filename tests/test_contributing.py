@@ -7,6 +7,7 @@ import pytest
 from notebooks import ROOT
 
 from streamr1_ref import attention
+from streamr1_ref.cli.main import main
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 EXAMPLES = {
@@ -16,6 +17,8 @@ EXAMPLES = {
 }
 NAMES = TEXT[TEXT.index("<!-- names") : TEXT.index("<!-- end of names")]
 ROWS = re.findall(r"^\| (.+?) \| (.+?) \|$", NAMES, re.M)
+FLAGS = TEXT[TEXT.index("<!-- flags") : TEXT.index("<!-- end of flags")]
+FLAG_ROWS = re.findall(r"^\| (.+?) \| `(.+?)` \| `(.+?)` \|$", FLAGS, re.M)
 
 
 def test_there_is_an_example_of_each_kind():
@@ -87,3 +90,14 @@ def test_a_name_that_does_not_exist_is_seen():
     assert exists("flow.FlowSchedule.shift") and exists("tiny.world") and exists("flow")
     assert not exists("flow.FlowScheduler") and not exists("nowhere.at_all")
     assert not exists("cache.CacheConfig.nothing") and len(ROWS) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train tiny", "train wan-1.3b", "plan", "train-teacher"])
+def test_new_flags_are_there_and_old_ones_are_not(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    shown = set(re.findall(r"--[\w.-]+", capsys.readouterr().out))
+    rows = [row for row in FLAG_ROWS if f"`{command.split()[0]}`" in row[0]]
+    assert rows and all(new.split()[0] in shown for _, _, new in rows)
+    assert [old for _, old, _ in rows if old.split()[0] in shown] == []
