@@ -40,12 +40,15 @@ from notebooks import (
 ALL = notebooks()
 REFERENCE = "A reference page"  # how a notebook says that it is no chapter
 CHAPTERS = [p for p in ALL if p.name[:1].isdigit()]
-SECOND_HALF = {  # chapters in two notebooks: the method at the top, the tiny world's part below
-    "00_moving_digits": "00b_oracle",
-    "06_self_forcing": "06b_tiny_student",
-    "07_dmd_gradient": "07b_plane",
-    "08_reward_model": "08b_tiny_reward",
+FURTHER_PARTS = {  # of chapters in several notebooks: one module each
+    "00_moving_digits": ("00b_oracle",),
+    "06_self_forcing": ("06b_tiny_student",),
+    "07_dmd_gradient": ("07b_plane",),
+    "08_reward_model": ("08b_tiny_reward",),
+    "15_wan": ("vae", "umt5", "published_runs"),
+    "15b_full_scale": ("download", "score"),
 }
+PARTS = [stem for stems in FURTHER_PARTS.values() for stem in stems]
 by_name = pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)
 
 
@@ -234,12 +237,10 @@ def test_cells_are_short(path):
     assert teaching(path)["longest_cell"] <= MAX_CELL
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in CHAPTERS if p.stem not in SECOND_HALF.values()], ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", [p for p in CHAPTERS if p.stem not in PARTS], ids=lambda p: p.stem)
 def test_chapters_teach(path):
-    second = [p for p in CHAPTERS if p.stem == SECOND_HALF.get(path.stem)]
-    text = "\n".join(map(prose, [path, *second]))
+    further = [p for p in ALL if p.stem in FURTHER_PARTS.get(path.stem, ())]
+    text = "\n".join(map(prose, [path, *further]))
     assert len(text.split()) >= 800
     if REFERENCE in text[:1000]:
         return  # it is looked up, not read in order

@@ -429,7 +429,7 @@ def rollout_cost(
     }
     return RolloutCost(**grown | {"forward": max(one.forward, two.forward)})
 
-
+# %% ../../nbs/wan/15c_budget.ipynb #e520dbcb
 def copied_past(cfg: WanConfig, run: DistillationConfig, number: int = 2) -> float:
     """Bytes if every block of `run` kept a copy of the keys and values that it sees.
 
@@ -728,7 +728,7 @@ def gathered_in(
     number = s.compute_dtype.itemsize
     return gathered_bytes(nets[role], number, backward) if s.sharded else 0.0
 
-
+# %% ../../nbs/wan/15c_budget.ipynb #18c71059
 def critic_phases(s: PlanConfig, nets: Mapping[str, WanConfig]) -> dict[str, dict[str, float]]:
     """Bytes by phase and part of the critic's update in the run `s`, on top of what is resident.
 
@@ -1157,7 +1157,7 @@ def moments_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """The tensors, of any shape, in the state of `optimizer`."""
     return [t for state in optimizer.state.values() for t in tensors_in(state)]
 
-
+# %% ../../nbs/wan/15c_budget.ipynb #bac8d39b
 def metered_step(
     models: Models,
     run: DistillationConfig,

@@ -641,7 +641,7 @@ def check_pairs(
             raise ValueError(f"{said}, got {list(first.shape)} and {list(second.shape)}")
     return names
 
-
+# %% ../../nbs/wan/15a_video_reward.ipynb #760ac140
 def merge_lora(
     model: nn.Module,
     pairs: dict[str, torch.Tensor],
