@@ -49,5 +49,5 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    """Names for completion in a notebook: the public ones and `__version__`."""
+    """Return names for completion in a notebook: the public ones and `__version__`."""
     return sorted([*__all__, "__version__"])

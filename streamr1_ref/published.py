@@ -330,7 +330,7 @@ def switches_for(number: int) -> tuple[Switch, ...]:
 
 # %% ../nbs/reference/published.ipynb #be1630d4
 def _owners(settings: Any) -> set[str]:
-    """Names of the classes of `settings` and of all settings inside them."""
+    """Return names of the classes of `settings` and of all settings inside them."""
     if not is_dataclass(settings):
         return set()
     inside = (_owners(getattr(settings, f.name)) for f in fields(settings))
@@ -338,7 +338,7 @@ def _owners(settings: Any) -> set[str]:
 
 
 def _with(settings: Any, values: dict[tuple[str, str], Any]) -> Any:
-    """A copy of `settings` with values by (name of the class, field), also inside of it."""
+    """Return a copy of `settings` with values by (name of the class, field), also inside of it."""
     if not is_dataclass(settings):
         return settings
     names = {c.__name__ for c in type(settings).__mro__}

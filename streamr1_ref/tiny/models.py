@@ -18,7 +18,7 @@ __all__ = ['tiny_models']
 
 # %% ../../nbs/tiny/models.ipynb #5ad90958
 def tiny_models(student: str | Path | None = None) -> Models:
-    """Fresh copies of the shipped tiny world's networks, ready for a distillation.
+    """Return fresh copies of the shipped tiny world's networks, ready for a distillation.
 
     `student` is a file of weights to start from, by default the shipped one.
     """

@@ -69,7 +69,7 @@ VIEWS = frozenset(
 
 
 def tensors_in(tree: object) -> list[torch.Tensor]:
-    """The tensors, of any shape, in nested tuples, lists and dicts `tree`."""
+    """Return the tensors, of any shape, in nested tuples, lists and dicts `tree`."""
     if isinstance(tree, torch.Tensor):
         return [tree]
     if isinstance(tree, dict):
@@ -82,7 +82,7 @@ def tensors_in(tree: object) -> list[torch.Tensor]:
 def without_values(
     func: Callable, args: tuple, kwargs: dict, given: Sequence[torch.Tensor]
 ) -> tuple[tuple, dict, object]:
-    """How to run an operation `func` with tensors on the meta device.
+    """Return how to run an operation `func` with tensors on the meta device.
 
     The answer is its `args` and `kwargs`, all of them there, and None. Where a value is asked for,
     or a tensor with values, the third is that: 1, or ones; 0 for a result of `any`. The tensors
@@ -119,7 +119,7 @@ class Meter(TorchDispatchMode):
         self.alive = {id(storage) for storage in self.known}
 
     def from_here(self) -> int:
-        """Bytes alive now; the peak is counted from here on."""
+        """Return bytes alive now; the peak is counted from here on."""
         self.peak = self.now
         return self.now
 
@@ -182,7 +182,7 @@ def gpu_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """Attention [B,heads,N,d] by the kernel that a GPU takes, on the meta device.
+    """Return attention [B,heads,N,d] by the kernel that a GPU takes, on the meta device.
 
     Takes what F.scaled_dot_product_attention takes: `q`, `k` and `v` [B,heads,N,d], `attn_mask`
     [B,heads,N,M], and `dropout_p`, `is_causal`, `scale`, `enable_gqa`. Tensors with values go
@@ -227,7 +227,7 @@ class Cost:
 
 
 def measured_once(measure: Callable) -> Callable:
-    """The function `measure`, but equal arguments are measured once in a process.
+    """Return the function `measure`, but equal arguments are measured once in a process.
 
     It does not matter how they are given, by place, by name or by default.
     """
@@ -246,7 +246,7 @@ def measured_once(measure: Callable) -> Callable:
 
 
 def layered(one: float, two: float, layers: int) -> float:
-    """A quantity of `layers` equal layers, from that of `one` and of `two`."""
+    """Return a quantity of `layers` equal layers, from that of `one` and of `two`."""
     return one + (layers - 1) * (two - one)
 
 # %% ../../nbs/wan/15c_budget.ipynb #155041d6
@@ -256,7 +256,7 @@ def meta_network(
     layers: int | None = None,
     checkpointing: bool = False,
 ) -> WanTransformer:
-    """A network of the sizes `cfg` in `dtype` on the meta device: no memory is taken.
+    """Return a network of the sizes `cfg` in `dtype` on the meta device: no memory is taken.
 
     It has another number of `layers`, if one is given, and recomputes them if `checkpointing`.
     """
@@ -268,14 +268,14 @@ def meta_network(
 
 @measured_once
 def num_parameters(cfg: WanConfig) -> int:
-    """Parameters of a transformer of the sizes `cfg`, counted without making it."""
+    """Return parameters of a transformer of the sizes `cfg`, counted without making it."""
     return count_parameters(meta_network(cfg))
 
 # %% ../../nbs/wan/15c_budget.ipynb #124d551c
 def clip_inputs(
     cfg: WanConfig, frames: int, batch: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Latents [B,F,C,H,W], timestep [B] and prompt embeddings [B,L,D] on the meta device.
+    """Return latents [B,F,C,H,W], timestep [B] and prompt embeddings [B,L,D] on the meta device.
 
     They fit a network of the sizes `cfg`, in `dtype`, `batch` clips of `frames` latent frames.
     """
@@ -296,7 +296,7 @@ def forget_gradients(net: torch.nn.Module) -> None:
 
 
 def measure_pass(net: WanTransformer, frames: int, batch: int = 1, training: bool = False) -> Cost:
-    """Cost of a pass of `net`, on the meta device, over `batch` clips of latent `frames`.
+    """Return cost of a pass of `net`, on the meta device, over `batch` clips of latent `frames`.
 
     With `training` the backward pass is included. Weights are not counted.
     """
@@ -366,7 +366,7 @@ def caches_noted() -> Iterator[list]:
 def measure_rollout(
     net: WanTransformer, run: DistillationConfig, training: bool = True, calls: int = 1
 ) -> RolloutCost:
-    """Cost of a rollout of `net` as in `run`, with `calls` denoising calls a block.
+    """Return cost of a rollout of `net` as in `run`, with `calls` denoising calls a block.
 
     With `training` its backward pass is included. Weights are not counted.
     """
@@ -431,7 +431,7 @@ def rollout_cost(
 
 # %% ../../nbs/wan/15c_budget.ipynb #e520dbcb
 def copied_past(cfg: WanConfig, run: DistillationConfig, number: int = 2) -> float:
-    """Bytes if every block of `run` kept a copy of the keys and values that it sees.
+    """Return bytes if every block of `run` kept a copy of the keys and values that it sees.
 
     The first edition of chapter 05 did so. The network has the sizes `cfg`; a `number` takes so
     many bytes.
@@ -455,7 +455,7 @@ def judge_on_meta(
     judge: int | None = None,
     eyes: int | None = None,
 ) -> VideoReward:
-    """VideoReward of `sizes` in `dtype` on the meta device.
+    """Return VideoReward of `sizes` in `dtype` on the meta device.
 
     It has `judge` language and `eyes` vision layers, if given, and recomputes them if
     `checkpointing`.
@@ -473,7 +473,7 @@ def judge_on_meta(
 def measure_judge(
     reward: VideoReward, frames: int, size: tuple[int, int], batch: int = 1, saliency: bool = True
 ) -> Cost:
-    """Cost of rewards by `reward` of `batch` clips of video `frames` and `size`.
+    """Return cost of rewards by `reward` of `batch` clips of video `frames` and `size`.
 
     With `saliency` three backward passes are included. `kept` is what is alive after the forward
     pass; the pixels are not counted.
@@ -566,7 +566,7 @@ def rollout_flops(
     training: bool = False,
     checkpointing: bool = True,
 ) -> float:
-    """Operations of a rollout of `run` by a network of the sizes `cfg`.
+    """Return operations of a rollout of `run` by a network of the sizes `cfg`.
 
     There are `calls` denoising calls a block, by default the mean over the exit steps. With
     `training` the backward pass of the exit calls is included, with `checkpointing` their
@@ -631,7 +631,7 @@ class PlanConfig:
 
 # %% ../../nbs/wan/15c_budget.ipynb #ec33dde2
 def preset_settings(preset: str = "wan-1.3b", **changes) -> PlanConfig:
-    """The run of `preset` with its teacher and critic; `changes` are fields of `PlanConfig`.
+    """Return the run of `preset` with its teacher and critic; `changes` are fields of `PlanConfig`.
 
     ValueError for unknown names.
     """
@@ -654,7 +654,7 @@ ALLOWANCE = 1.5 * 2**30  # bytes of CUDA's context, workspaces and waste: a gues
 
 
 def resolved(s: PlanConfig) -> dict[str, WanConfig]:
-    """Sizes of student, teacher and critic of the run `s`, at its resolution."""
+    """Return sizes of student, teacher and critic of the run `s`, at its resolution."""
     chosen = {"student": s.student, "teacher": s.teacher, "critic": s.critic or s.teacher}
     latent_size, configs = latent_size_of(s.resolution), {}
     for role, size in chosen.items():
@@ -666,7 +666,7 @@ def resolved(s: PlanConfig) -> dict[str, WanConfig]:
 def gathered_bytes(
     cfg: WanConfig, number: int = 2, backward: bool = False, ahead: int = 1
 ) -> float:
-    """Bytes of the weights of a network of the sizes `cfg` that FSDP holds whole at a time.
+    """Return bytes of the weights of a network of the sizes `cfg` that FSDP holds whole at a time.
 
     They are the ends, a layer, and `ahead` layers that arrive early; a `number` takes so many
     bytes. In the `backward` pass also a layer's gradient, float32, on its way to all GPUs.
@@ -677,7 +677,7 @@ def gathered_bytes(
 
 # %% ../../nbs/wan/15c_budget.ipynb #f3be2a26
 def resident_bytes(s: PlanConfig, parameters: Mapping[str, int]) -> dict[str, float]:
-    """Bytes that every GPU holds from the first step of the run `s` to the last, by part.
+    """Return bytes that every GPU holds from the first step of the run `s` to the last, by part.
 
     `parameters` are those of each part.
     """
@@ -702,7 +702,7 @@ def resident_bytes(s: PlanConfig, parameters: Mapping[str, int]) -> dict[str, fl
 # %% ../../nbs/wan/15c_budget.ipynb #078a6357
 @measured_once
 def adam_temporaries(fused: bool) -> float:
-    """Bytes that a step of AdamW needs for a while, per byte of the weights that it updates.
+    """Return bytes that a step of AdamW needs for a while, per byte of the weights that it updates.
 
     With the `fused` kernel there are none.
     """
@@ -755,7 +755,7 @@ def critic_phases(s: PlanConfig, nets: Mapping[str, WanConfig]) -> dict[str, dic
 
 # %% ../../nbs/wan/15c_budget.ipynb #940b25a8
 def reward_costs(s: PlanConfig, nets: Mapping[str, WanConfig]) -> tuple[Cost, Cost]:
-    """Costs in the run `s` of decoding a micro-batch, and of judging it.
+    """Return costs in the run `s` of decoding a micro-batch, and of judging it.
 
     The latter includes the gradient at the pixels where it is needed. `nets` are the sizes of
     student, teacher and critic.
@@ -798,7 +798,7 @@ def student_phases(s: PlanConfig, nets: Mapping[str, WanConfig]) -> dict[str, di
 
 # %% ../../nbs/wan/15c_budget.ipynb #afaeee2b
 def other_phases(s: PlanConfig, parameters: Mapping[str, int]) -> dict[str, dict[str, float]]:
-    """Bytes by phase and part of the optimizer in the run `s`, and of embedding a prompt.
+    """Return bytes by phase and part of the optimizer in the run `s`, and of embedding a prompt.
 
     The latter is left out where that was done beforehand. `parameters` are those of each part.
     """
@@ -839,7 +839,7 @@ class Budget:
 
 # %% ../../nbs/wan/15c_budget.ipynb #99759a38
 def step_flops(s: PlanConfig, nets: Mapping[str, WanConfig]) -> dict[str, float]:
-    """Operations of one step of the run `s` over all GPUs, by part.
+    """Return operations of one step of the run `s` over all GPUs, by part.
 
     `nets` are the sizes of student, teacher and critic.
     """
@@ -884,7 +884,7 @@ def plan(s: PlanConfig = PlanConfig()) -> Budget:
 
 # %% ../../nbs/wan/15c_budget.ipynb #c46571c6
 def plan_table(budget: Budget, parts: int = 3) -> str:
-    """A `budget` as text.
+    """Return a `budget` as text.
 
     It has the resident parts, each phase with its `parts` largest, the peak, and operations by
     part.
@@ -935,7 +935,7 @@ TYPED = {
 
 # %% ../../nbs/wan/15c_budget.ipynb #43ac963f
 def possible_changes(s: PlanConfig) -> list[dict]:
-    """Single changes that may make the run `s` smaller, what costs least first.
+    """Return single changes that may make the run `s` smaller, what costs least first.
 
     Each is a dict of fields of `PlanConfig`.
     """
@@ -958,7 +958,7 @@ def possible_changes(s: PlanConfig) -> list[dict]:
 
 
 def combined(s: PlanConfig, changes: Sequence[dict]) -> PlanConfig | None:
-    """The run `s` with all of the `changes`; None if two of them contradict each other."""
+    """Return the run `s` with all of the `changes`; None if two of them contradict each other."""
     made: dict = {}
     for change in changes:
         for name, value in change.items():
@@ -974,14 +974,14 @@ def combined(s: PlanConfig, changes: Sequence[dict]) -> PlanConfig | None:
 
 # %% ../../nbs/wan/15c_budget.ipynb #e0fa0af0
 def slimmest(s: PlanConfig) -> PlanConfig:
-    """The run `s` with every change that costs no GPUs and leaves the critic as it is."""
+    """Return the run `s` with every change that costs no GPUs and leaves the critic as it is."""
     costly, visiting = {"gpus", "critic"}, {"offload": (*s.offload, "text encoder")}
     changes = [c for c in possible_changes(s) if not costly & set(c) and c != visiting]
     return combined(s, changes)
 
 
 def cheapest(s: PlanConfig, available: float, most: int = 4) -> PlanConfig | None:
-    """The run `s` with the cheapest change that makes it need at most `available` bytes.
+    """Return the run `s` with the cheapest change that makes it need at most `available` bytes.
 
     It may be a combination of up to `most` changes, the smallest that does. Fewer frames are the
     last resort, since they change what is trained: then with all that costs no GPUs. None if
@@ -1029,7 +1029,7 @@ WHOLE = (
 
 
 def largest_layer(budget: Budget) -> tuple[str, float]:
-    """The phase of `budget` whose work in one layer is largest, and its bytes.
+    """Return the phase of `budget` whose work in one layer is largest, and its bytes.
 
     The layer's gathered weights are included; no setting splits them.
     """
@@ -1089,7 +1089,7 @@ class MetaText:
 
 
 def models_on_meta(s: PlanConfig) -> Models:
-    """All parts of the run `s` on the meta device, in the type of computing.
+    """Return all parts of the run `s` on the meta device, in the type of computing.
 
     Text comes as finished embeddings.
     """
@@ -1115,11 +1115,11 @@ class PhaseNotes:
         self.meter, self.rows, self.update = meter, {}, "critic"
 
     def counts(self) -> dict[str, float]:
-        """What the meter has counted up to now."""
+        """Return what the meter has counted up to now."""
         return {name: getattr(self.meter, name) for name in COUNTED}
 
     def wrap(self, function: Callable, phase: str) -> Callable:
-        """The same `function`, but a call adds to the row of `phase`."""
+        """Return the same `function`, but a call adds to the row of `phase`."""
 
         def noted(*args, **kwargs):
             name = phase if phase == "optimizer" else f"{self.update}: {phase}"
@@ -1154,7 +1154,7 @@ STEP_PHASES = (
 
 # %% ../../nbs/wan/15c_budget.ipynb #431fce4d
 def moments_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """The tensors, of any shape, in the state of `optimizer`."""
+    """Return the tensors, of any shape, in the state of `optimizer`."""
     return [t for state in optimizer.state.values() for t in tensors_in(state)]
 
 # %% ../../nbs/wan/15c_budget.ipynb #bac8d39b
@@ -1218,7 +1218,7 @@ class AttentionCalls:
 
 @measured_once
 def vision_calls(sizes: Sizes, frames: int, size: tuple[int, int], library: bool = False) -> float:
-    """Attention calls of the vision tower of `sizes` in one pass over a clip.
+    """Return attention calls of the vision tower of `sizes` in one pass over a clip.
 
     The clip has video `frames` of `size`; with `library` they are those of transformers' own tower.
     """
@@ -1280,7 +1280,7 @@ def changes_since_first_edition(s: PlanConfig) -> list[dict]:
 
 # %% ../../nbs/wan/15c_budget.ipynb #4f6836e1
 def step_parts_table(result: dict) -> str:
-    """The `result` of `step_parts` as two tables of text."""
+    """Return the `result` of `step_parts` as two tables of text."""
     columns = f"{'kernels':>10}{'GB moved':>11}{'TFLOP':>10}{'GiB kept':>10}{'GiB peak':>10}"
     lines = [f"{'a step, one critic update':26}{columns}"]
     for phase, row in result["step"].items():
@@ -1302,7 +1302,7 @@ def step_parts(
     settings: PlanConfig = PlanConfig(),
     out: str | Path | None = None,
 ) -> dict:
-    """A training step by phase, and what changed since the first edition.
+    """Return a training step by phase, and what changed since the first edition.
 
     Both are printed, and written to the JSON file `out` if there is one. `size` is one of chapter
     15b's PRESETS, `settings` the run. On the `device` "meta" nothing is computed; on a "cpu" it is:

@@ -108,7 +108,7 @@ def random_text(
     dtype: torch.dtype = torch.float32,
     offload: bool = False,
 ) -> UMT5Text:
-    """A text encoder of these `sizes` with random weights in `dtype`, computing on `device`.
+    """Return a text encoder of these `sizes` with random weights in `dtype`, computing on `device`.
 
     With `offload` it waits on the CPU between calls.
     """
@@ -124,7 +124,7 @@ def random_text(
 def random_codec(
     sizes: Sizes, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> WanVAECodec:
-    """Wan's VAE of these `sizes` with random weights in `dtype` on `device`."""
+    """Return Wan's VAE of these `sizes` with random weights in `dtype` on `device`."""
     from diffusers import AutoencoderKLWan
 
     with torch.device(device):
@@ -148,7 +148,7 @@ def random_qwen(sizes: Sizes, tokenizer) -> nn.Module:
 def random_reward(
     sizes: Sizes, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> VideoReward:
-    """VideoReward of these `sizes` with random weights in `dtype` on `device`.
+    """Return VideoReward of these `sizes` with random weights in `dtype` on `device`.
 
     It asks in our own wording without a chat template, and recomputes layers in the backward pass,
     as the loaded one does. Head and scores are in float32.
@@ -163,7 +163,7 @@ def random_reward(
 
 # %% ../../nbs/wan/15b_full_scale.ipynb #fb122ab6
 def compile_blocks(net: WanTransformer, backend: str = "inductor") -> WanTransformer:
-    """`net` itself, after every layer of it was compiled in place by `backend`.
+    """Return `net` itself, after every layer of it was compiled in place by `backend`.
 
     The first call of each visible length takes a while: three of them for blocks of 3 and a window
     of 9.
@@ -174,7 +174,7 @@ def compile_blocks(net: WanTransformer, backend: str = "inductor") -> WanTransfo
 
 
 def compile_decoder(codec: WanVAECodec, backend: str = "inductor") -> WanVAECodec:
-    """`codec` itself, after its VAE's decoder was compiled in place by `backend`.
+    """Return `codec` itself, after its VAE's decoder was compiled in place by `backend`.
 
     The first three latent frames take a while: the memory of its convolutions fills up.
     """
@@ -226,7 +226,7 @@ def random_models(
     critic: WanConfig | None = None,
     nets_on: torch.device | str = "cpu",
 ) -> Models:
-    """All that a training step needs, of these `sizes` with random weights, as `Models`.
+    """Return all that a training step needs, of these `sizes` with random weights, as `Models`.
 
     `teacher` is by default of the student's size, `critic` of the teacher's. The trained networks
     are in float32, the teacher in `dtype`, all three on the device `nets_on`, as `wan_models`
@@ -259,7 +259,7 @@ def fill_random(net: nn.Module, device: torch.device | str, std: float = 0.02) -
 
 # %% ../../nbs/wan/15b_full_scale.ipynb #b10f4894
 def count_parameters(module: nn.Module) -> int:
-    """How many parameters a `module` has."""
+    """Return how many parameters a `module` has."""
     return sum(p.numel() for p in module.parameters())
 
 # %% ../../nbs/wan/15b_full_scale.ipynb #6fab4b13
@@ -273,7 +273,7 @@ def load_text_and_vae(
     offload: bool = False,
     encoder: bool = True,
 ) -> tuple[UMT5Text, WanVAECodec]:
-    """Text encoder and codec in a diffusers folder `base` of Wan2.1.
+    """Return text encoder and codec in a diffusers folder `base` of Wan2.1.
 
     It has text_encoder/, tokenizer/ and vae/; FileNotFoundError names what is missing. Both compute
     in `dtype` on `device`; `cache`, `length`, `truncate`, `offload` and `encoder` are those of
@@ -302,7 +302,7 @@ def wan_pipeline(
     size: str | None = None,
     **settings,
 ) -> StreamR1Pipeline:
-    """A pipeline of the student in `checkpoint` with the text encoder and VAE in `base`.
+    """Return a pipeline of the student in `checkpoint` with the text encoder and VAE in `base`.
 
     It computes in `dtype` on `device`, by default bfloat16 on a GPU and float32 on a CPU.
     `text_cache` is a folder for embeddings, `attention` a kernel of chapter 04, `compiled` as in

@@ -61,7 +61,7 @@ def read_weights(path: str | Path) -> dict:
 
 # %% ../../nbs/wan/15_wan.ipynb #c68fac01
 def official(weights: dict) -> dict[str, torch.Tensor]:
-    """`weights` under official names and without wrappers, whatever naming they came in.
+    """Return `weights` under official names and without wrappers, whatever naming they came in.
 
     ValueError if they are a mixture of two namings.
     """
@@ -88,7 +88,7 @@ AXES_OF = {  # tensors whose shapes tell the sizes of a network, and how many ax
 
 
 def telling_shapes(weights: dict) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of AXES_OF in `weights` (official names), by module.
+    """Return shapes of the tensors of AXES_OF in `weights` (official names), by module.
 
     ValueError if one is missing, or has another number of axes.
     """
@@ -106,7 +106,7 @@ def telling_shapes(weights: dict) -> dict[str, tuple[int, ...]]:
 
 
 def layers_in(weights: dict) -> int:
-    """How many layers `weights` (official names) have.
+    """Return how many layers `weights` (official names) have.
 
     ValueError if layers are not numbered without gaps: sizes in files are not believed.
     """
@@ -122,7 +122,7 @@ def layers_in(weights: dict) -> int:
 def config_of(
     weights: dict, head_dim: int = 128, latent_size: tuple[int, int] = (60, 104)
 ) -> WanConfig:
-    """Sizes of the network with these `weights` (official names), from their shapes.
+    """Return sizes of the network with these `weights` (official names), from their shapes.
 
     All Wan2.1 models have heads of `head_dim` 128. `latent_size` is a choice, not a property of the
     weights: 60 x 104 is 480 x 832 pixels. ValueError as in `telling_shapes` and `layers_in`, or if
@@ -186,7 +186,7 @@ def load_wan(
     latent_size: tuple[int, int] = (60, 104),
     size: str | None = None,
 ) -> WanTransformer:
-    """The transformer in the file or folder `path` of `read_weights`, without gradients.
+    """Return the transformer in the file or folder `path` of `read_weights`, without gradients.
 
     It has the `dtype` of the file, if none is given; `head_dim` and `latent_size` are those of
     `config_of`. Weights stay memory-mapped until they are used or moved, so their values are not
@@ -216,7 +216,7 @@ def load_wan(
 
 # %% ../../nbs/wan/15_wan.ipynb #e93693ec
 def check_weights(net: nn.Module, source: str | Path) -> nn.Module:
-    """`net` itself, if all its weights are finite.
+    """Return `net` itself, if all its weights are finite.
 
     Else ValueError names one of them and `source`, where they came from. Of a sharded network the
     pieces of this process are looked at.
@@ -229,7 +229,7 @@ def check_weights(net: nn.Module, source: str | Path) -> nn.Module:
 
 # %% ../../nbs/wan/15_wan.ipynb #1b7fa0f9
 def diffusers_config(cfg: WanConfig) -> dict:
-    """The config.json of diffusers' WanTransformer3DModel for the sizes in `cfg`."""
+    """Return the config.json of diffusers' WanTransformer3DModel for the sizes in `cfg`."""
     return {
         "_class_name": "WanTransformer3DModel",
         "patch_size": list(cfg.patch_size),

@@ -80,7 +80,7 @@ TRAINING = ("wan-1.3b", "ode-init", "prompts", "video-reward", "qwen2-vl")
 
 # %% ../../nbs/wan/download.ipynb #72c9dc0b
 def find_mirror(source: str | Path, name: str) -> Path:
-    """The folder of DOWNLOADS[`name`] in a local copy below `source`.
+    """Return the folder of DOWNLOADS[`name`] in a local copy below `source`.
 
     It may be source/owner/repo, source/repo, source/name, or the hub's own cache. FileNotFoundError
     lists where it was looked for.
@@ -95,7 +95,7 @@ def find_mirror(source: str | Path, name: str) -> Path:
 
 
 def wanted_files(root: Path, patterns: Sequence[str]) -> list[Path]:
-    """Files below `root` whose relative paths fit one of `patterns`, sorted.
+    """Return files below `root` whose relative paths fit one of `patterns`, sorted.
 
     FileNotFoundError names patterns that nothing fits.
     """
@@ -142,7 +142,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def download(name: str, folder: str | Path = "weights", source: str | Path | None = None) -> Path:
-    """The folder folder/name, after what was missing there of DOWNLOADS[`name`] was fetched.
+    """Return the folder folder/name, after what was missing there of DOWNLOADS[`name`] was fetched.
 
     It comes from the local copy `source`, without any network, if one is given. ValueError for an
     unknown name, OSError if it cannot be fetched.

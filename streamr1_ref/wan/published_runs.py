@@ -99,7 +99,7 @@ def reward_terms(cfg: RunConfig) -> dict:
 
 
 def optimizer_terms(cfg: RunConfig) -> dict:
-    """Optimizers and updates of the preset `cfg` under the published names."""
+    """Return optimizers and updates of the preset `cfg` under the published names."""
     d = cfg.distillation
     return {
         "lr": d.student_lr,
@@ -116,7 +116,7 @@ def optimizer_terms(cfg: RunConfig) -> dict:
 
 # %% ../../nbs/wan/published_runs.ipynb #9b69a5e0
 def in_published_terms(cfg: RunConfig, teacher: str, critic: str | None, gpus: int = 8) -> dict:
-    """The settings of the preset `cfg` under the names of the published configuration files.
+    """Return the settings of the preset `cfg` under the names of the published configuration files.
 
     `teacher` and `critic` are names of SIZES, a critic of None is the teacher's; `gpus` share the
     clips of an update.
@@ -148,7 +148,7 @@ def in_published_terms(cfg: RunConfig, teacher: str, critic: str | None, gpus: i
 
 # %% ../../nbs/wan/published_runs.ipynb #7cb5f2fc
 def published_table(name: str) -> list[dict]:
-    """A row for each published value of the preset `name`.
+    """Return a row for each published value of the preset `name`.
 
     It has setting, published, ours, compared, and difference: "" where they are the same, else the
     reason. Rows with compared False are settings that a preset does not have. ValueError for a name

@@ -25,7 +25,7 @@ __all__ = ['video_name', 'pieces', 'score_piece', 'read_records', 'score_videos'
 def video_name(
     number: int, prompt: str, sample: int, samples: int = 1, vbench: bool = False
 ) -> str:
-    """The file name of `sample` number 0, 1, ... of the video with this `number`.
+    """Return the file name of `sample` number 0, 1, ... of the video with this `number`.
 
     It is 007.mp4, or 007-2.mp4 where there are several `samples`; with `vbench` it is VBench's
     PROMPT-2.mp4. ValueError for a `prompt` that cannot be a file name.
@@ -56,7 +56,7 @@ def pieces(clip: torch.Tensor, frames: int = 81) -> Iterator[tuple[int, torch.Te
 def score_piece(
     model: RewardModel, clip: torch.Tensor, fps: float, prompt: str, sampling: str
 ) -> tuple[dict, dict]:
-    """Scores by axis, as numbers, of a `clip` [1,T,3,H,W], and what they depend on besides.
+    """Return scores by axis, as numbers, of a `clip` [1,T,3,H,W], and what they depend on besides.
 
     `model` sees the frames and the `prompt`; with `sampling` "offline" two frames a second of a
     clip that has `fps`.
@@ -69,7 +69,7 @@ def score_piece(
 
 
 def read_records(folder: str | Path) -> list[dict]:
-    """What `streamr1 generate` wrote about the videos in `folder`, a dict for each.
+    """Return what `streamr1 generate` wrote about the videos in `folder`, a dict for each.
 
     FileNotFoundError if it has no videos.json (or videos-RANK.json of several processes).
     """

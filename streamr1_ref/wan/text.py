@@ -45,7 +45,7 @@ def word_tokenizer(words: Sequence[str], specials: Sequence[str] = ()):
 
 # %% ../../nbs/wan/umt5.ipynb #5241b819
 def clean_prompt(prompt: str) -> str:
-    """The `prompt` as Wan's training saw it.
+    """Return the `prompt` as Wan's training saw it.
 
     Broken encodings are mended, HTML entities replaced, and spaces single.
     """
@@ -90,11 +90,11 @@ class UMT5Text:
         self.device = torch.device(device or ("cpu" if model is None else self.model_device()))
 
     def model_device(self) -> torch.device:
-        """The device on which the encoder's weights are."""
+        """Return the device on which the encoder's weights are."""
         return next(self.model.parameters()).device
 
     def count_tokens(self, prompts: list[str]) -> list[int]:
-        """Tokens of each of `prompts`, the end's included, before anything is cut."""
+        """Return tokens of each of `prompts`, the end's included, before anything is cut."""
         return [len(ids) for ids in self.tokenizer([clean_prompt(p) for p in prompts]).input_ids]
 
     def check_length(self, prompts: list[str]) -> None:
@@ -105,7 +105,7 @@ class UMT5Text:
             raise ValueError(f"{said}, got {count} in {longest[:60]!r}...")
 
     def __call__(self, prompts: list[str]) -> torch.Tensor:
-        """Embeddings [B,length,width] of `prompts`, as `encode` makes them.
+        """Return embeddings [B,length,width] of `prompts`, as `encode` makes them.
 
         If there is a cache, each prompt is encoded at most once. TypeError for a single string.
         """
@@ -145,7 +145,7 @@ class UMT5Text:
         return hidden * mask[..., None].to(hidden.dtype)
 
     def place(self, prompt: str) -> Path:
-        """The file in the cache for `prompt`.
+        """Return the file in the cache for `prompt`.
 
         Its name is a hash of the prompt, the encoder's name, the length and the dtype.
         """
@@ -154,7 +154,7 @@ class UMT5Text:
         return self.cache / key[:2] / f"{key}.safetensors"
 
     def missing(self, prompts: Iterable[str]) -> list[str]:
-        """Those of `prompts`, each once, that the cache does not have."""
+        """Return those of `prompts`, each once, that the cache does not have."""
         each = dict.fromkeys(prompts)
         return [p for p in each if self.cache is None or not self.place(p).exists()]
 
@@ -165,7 +165,7 @@ class UMT5Text:
             save_tensors(self.place(prompt), {"embedding": made[:, :end]})
 
     def read(self, prompt: str) -> torch.Tensor:
-        """The embedding [1,length,width] of `prompt` from the cache.
+        """Return the embedding [1,length,width] of `prompt` from the cache.
 
         ValueError names a file that does not fit.
         """
@@ -184,7 +184,7 @@ class UMT5Text:
         return F.pad(found.to(self.device), (0, 0, 0, self.length - shape[1]))
 
     def nbytes_of(self, prompts: list[str]) -> int:
-        """Bytes on the disk that the embeddings of `prompts` take, with 100 around each."""
+        """Return bytes on the disk that the embeddings of `prompts` take, with 100 around each."""
         tokens = [min(count, self.length) for count in self.count_tokens(prompts)]
         return sum(100 + count * self.width * self.dtype.itemsize for count in tokens)
 
@@ -215,7 +215,7 @@ class PromptFile(Sequence):
 
 # %% ../../nbs/wan/umt5.ipynb #16d2eb80
 def text_fingerprint(folder: str | Path) -> str:
-    """A name for the text encoder in `folder`, for the cache.
+    """Return a name for the text encoder in `folder`, for the cache.
 
     It is a hash of its configuration and of the names and sizes of its files.
     """
@@ -227,7 +227,7 @@ def text_fingerprint(folder: str | Path) -> str:
 def embed_prompts(
     text: UMT5Text, prompts: Sequence[str], batch: int = 16, progress: bool = True
 ) -> int:
-    """How many embeddings of `prompts` the cache of `text` did not have and got.
+    """Return how many embeddings of `prompts` the cache of `text` did not have and got.
 
     They are made `batch` by batch, with a bar if `progress`. Each is a file of its own that is
     whole as soon as it has its name, so that an interrupted call can simply be repeated. ValueError

@@ -36,7 +36,7 @@ class WanVAECodec:
         self.std = torch.tensor(config.latents_std).view(shape)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The latents [B,F,C,h,w] of `pixels` [B,T,3,H,W] in [0,1].
+        """Return the latents [B,F,C,h,w] of `pixels` [B,T,3,H,W] in [0,1].
 
         They are the mode of the encoder's distribution, normalised per channel.
         """
@@ -46,11 +46,11 @@ class WanVAECodec:
         return ((z - self.mean.to(z)) / self.std.to(z)).transpose(1, 2)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """The pixels [B,T,3,H,W] in [0,1] of a whole clip's `latents` [B,F,C,h,w]."""
+        """Return the pixels [B,T,3,H,W] in [0,1] of a whole clip's `latents` [B,F,C,h,w]."""
         return self.stream_decoder()(latents)
 
     def stream_decoder(self) -> WanVAEStreamDecoder:
-        """A new decoder for one clip that arrives block by block."""
+        """Return a new decoder for one clip that arrives block by block."""
         return WanVAEStreamDecoder(self)
 
 # %% ../../nbs/wan/vae.ipynb #fb398dc3

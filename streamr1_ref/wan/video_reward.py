@@ -77,7 +77,7 @@ class StraightThrough(torch.autograd.Function):
 
 
 def to_eight_bits(x: torch.Tensor, rounding: str) -> torch.Tensor:
-    """The values of `x`, in [0,1] and of any shape, at the 256 levels of a byte.
+    """Return the values of `x`, in [0,1] and of any shape, at the 256 levels of a byte.
 
     The gradient is that of the identity. `rounding` is "floor" (as the published processor casts),
     "round", or "none", which returns `x` as it is.
@@ -162,7 +162,7 @@ def frames_kept(
 def frame_size(
     height: int, width: int, max_pixels: int = 200_704, min_pixels: int = 100_352, side: int = 28
 ) -> tuple[int, int]:
-    """Height and width to which offline scoring resizes frames of `height` x `width` pixels.
+    """Return height and width to which offline scoring resizes frames of `height` x `width` pixels.
 
     Both are multiples of `side`. Their product stays within `min_pixels` and `max_pixels`, as far
     as `side` allows. ValueError if one side is more than 200 times the other. Source: smart_resize
@@ -219,7 +219,7 @@ def check_question(text: str, source: str | Path = "the given text") -> str:
 
 # %% ../../nbs/wan/15a_video_reward.ipynb #6a60aea5
 def question(template: str | Path | None) -> str:
-    """The wording in the text file `template`, checked; for None our own, with a warning.
+    """Return the wording in the text file `template`, checked; for None our own, with a warning.
 
     FileNotFoundError or ValueError name the file.
     """
@@ -242,7 +242,7 @@ def question(template: str | Path | None) -> str:
 
 # %% ../../nbs/wan/15a_video_reward.ipynb #5842f806
 def in_chat(text: str, tokenizer) -> str:
-    """The whole text to ask: `text` as the user's turn of the chat template of `tokenizer`.
+    """Return the whole text to ask: `text` as the user's turn of the chat template of `tokenizer`.
 
     It holds {video} and {prompt}. `text` comes back as it is if it has turns of its own, or if the
     tokenizer has no <|im_start|> and no template. ValueError if {video} is not first in the turn,
@@ -290,7 +290,7 @@ class Question:
     def tokens(
         self, prompts: list[str], video_tokens: int | Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask [B,L] of the question about each of `prompts`, on the CPU.
+        """Return ids and mask [B,L] of the question about each of `prompts`, on the CPU.
 
         They are padded on the right and hold `video_tokens` places for the video, one number for
         all or one each. TypeError for a single string, ValueError for a prompt with a reserved
@@ -313,7 +313,7 @@ class Question:
         return made.input_ids, made.attention_mask
 
     def places(self, ids: torch.Tensor) -> torch.Tensor:
-        """Where in each row of `ids` [B,L] the tokens of VQ, MQ and TA are, [B,3].
+        """Return where in each row of `ids` [B,L] the tokens of VQ, MQ and TA are, [B,3].
 
         ValueError unless each is there once.
         """
@@ -326,7 +326,7 @@ class Question:
 def vision_rotary(
     h: int, w: int, merge: int, frequencies: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines [h·w, head_dim] for the `h` x `w` patches of a frame.
+    """Return cosines and sines [h·w, head_dim] for the `h` x `w` patches of a frame.
 
     Patches are listed in blocks of `merge` x `merge`. The `frequencies` [head_dim/4] turn with the
     row in the first half of the angles, with the column in the second.
@@ -385,7 +385,7 @@ def vision_tower(
 
 # %% ../../nbs/wan/15a_video_reward.ipynb #e2007a82
 def exact_rotary(model: nn.Module) -> nn.Module:
-    """The Qwen2VLModel `model` itself, with its rotary frequencies set anew in float32.
+    """Return the Qwen2VLModel `model` itself, with its rotary frequencies set anew in float32.
 
     Casting a model to bfloat16 rounds them, and at position 10,000 angles are then wrong by up to
     two turns.
@@ -403,7 +403,7 @@ def exact_rotary(model: nn.Module) -> nn.Module:
 
 # %% ../../nbs/wan/15a_video_reward.ipynb #4e1f5f4c
 def recompute_layers(reader: nn.Module) -> nn.Module:
-    """The language model `reader` itself, with the library's activation checkpointing on.
+    """Return the language model `reader` itself, with the library's activation checkpointing on.
 
     The switch works in training mode only. ValueError for a model with dropout, which would be on.
     """
@@ -430,7 +430,7 @@ class QwenStates(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> QwenStates:
-        """The module itself, set to training if `mode`, as nn.Module does.
+        """Return the module itself, set to training if `mode`, as nn.Module does.
 
         The language model stays in the mode in which layers are recomputed.
         """
@@ -479,7 +479,7 @@ def check_reward_settings(
 
 
 def check_range(pixels: torch.Tensor) -> torch.Tensor:
-    """The `pixels` themselves, of any shape, if they can be meant to lie in [0,1].
+    """Return the `pixels` themselves, of any shape, if they can be meant to lie in [0,1].
 
     Else ValueError with their range. A resize or a linear decoder may overshoot by a half, bytes
     and pixels in [-1,1] go further.
@@ -527,21 +527,21 @@ class VideoReward(QwenStates):
     def tokens(
         self, prompts: list[str], video_tokens: int | Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and mask [B,L] of the questions about `prompts`, as `Question.tokens`.
+        """Return token ids and mask [B,L] of the questions about `prompts`, as `Question.tokens`.
 
         They hold `video_tokens` places for each clip.
         """
         return self.question.tokens(prompts, video_tokens)
 
     def to_patches(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Patches [B·t·h·w, 1176] of `pixels` [B,T,3,H,W], and their grid [B,3].
+        """Return patches [B·t·h·w, 1176] of `pixels` [B,T,3,H,W], and their grid [B,3].
 
         They are in the order of 2 x 2 blocks.
         """
         return video_patches(check_range(pixels), self.size, how=self.reward_input)
 
     def at_tokens(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Raw scores [B,3] of questions `ids` [B,L] with the states `hidden` [B,L,width].
+        """Return raw scores [B,3] of questions `ids` [B,L] with the states `hidden` [B,L,width].
 
         The score of axis i is output i of the head at reward token i.
         """
@@ -570,7 +570,7 @@ class VideoReward(QwenStates):
 
 # %% ../../nbs/wan/15a_video_reward.ipynb #268b8c8f
 def record_of(model: VideoReward, size: tuple[int, int], how: RewardInput) -> dict:
-    """What a score of `model` depends on beside clip, prompt and weights, for JSON.
+    """Return what a score of `model` depends on beside clip, prompt and weights, for JSON.
 
     It is to be written beside the score. Frames have `size` and were prepared as `how` says.
     `resized_again` says that the published processor would resize such small or large frames a
@@ -603,7 +603,7 @@ def offline_scores(
     max_pixels: int = 200_704,
     min_pixels: int = 100_352,
 ) -> tuple[dict[str, torch.Tensor], dict]:
-    """Scores {axis: [B]} by `model` as VideoAlign scores files, and their record.
+    """Return scores {axis: [B]} by `model` as VideoAlign scores files, and their record.
 
     Of videos `pixels` [B,T,3,H,W] with `video_fps` it keeps `fps` frames a second (`frames_kept`)
     at the size that `frame_size` finds between `min_pixels` and `max_pixels`, rounded to 8 bits.
@@ -622,7 +622,7 @@ def offline_scores(
 def check_pairs(
     shapes: Mapping[str, torch.Size], pairs: dict[str, torch.Tensor], rank: float
 ) -> list[str]:
-    """Names of the modules that have a LoRA in `pairs`, sorted.
+    """Return names of the modules that have a LoRA in `pairs`, sorted.
 
     `pairs` has tensors [rank, in] and [out, rank] under NAME.lora_A.weight and NAME.lora_B.weight,
     `shapes` those of the model's weights. ValueError for a pair without its half or its weight, or
@@ -693,7 +693,7 @@ def read_settings(path: str | Path) -> dict:
 
 # %% ../../nbs/wan/15a_video_reward.ipynb #0a3a839e
 def normalisation(config: dict) -> tuple[list[float], list[float]]:
-    """Mean and std of VQ, MQ, TA from `config`, the contents of a model_config.json.
+    """Return mean and std of VQ, MQ, TA from `config`, the contents of a model_config.json.
 
     ValueError names what is missing or no finite number: with the wrong constants a reward is
     another reward.
@@ -712,7 +712,7 @@ def normalisation(config: dict) -> tuple[list[float], list[float]]:
 
 # %% ../../nbs/wan/15a_video_reward.ipynb #4e3722db
 def our_name(name: str) -> str:
-    """The name in our model of the tensor `name` of a published checkpoint.
+    """Return the name in our model of the tensor `name` of a published checkpoint.
 
     peft's wrappers go, and parts get today's names.
     """
@@ -728,7 +728,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def check_weight(
     name: str, tensor: object, shape: Sequence[int] | None, file: Path
 ) -> torch.Tensor:
-    """The `tensor` itself, of any shape, if it is dense, floating-point and finite.
+    """Return the `tensor` itself, of any shape, if it is dense, floating-point and finite.
 
     If a `shape` is given, it must have that. Else ValueError with `file` and `name`.
     """
@@ -784,7 +784,7 @@ def check_complete(names: set[str], pairs: set[str], state: set[str], checkpoint
 def read_checkpoint(
     checkpoint: Path, shapes: Mapping[str, torch.Size]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Weights and LoRA pairs in the files of the folder `checkpoint`, tensors by our names.
+    """Return weights and LoRA pairs in the files of the folder `checkpoint`, tensors by our names.
 
     They have any shape; `shapes` are those of the model's tensors, of which some may be missing
     here. ValueError names the file for tensors that have no place or are refused by `check_weight`.
@@ -809,7 +809,7 @@ def read_checkpoint(
 def with_checkpoint(
     model: nn.Module, head: nn.Linear, checkpoint: Path, lora: dict
 ) -> tuple[nn.Module, nn.Linear]:
-    """Base `model` and `head` with the weights of the folder `checkpoint` put in, in place.
+    """Return base `model` and `head` with the weights of the folder `checkpoint` put in, in place.
 
     It may have any of the layouts; `lora` holds lora_r and lora_alpha (and use_rslora) for those
     with LoRA pairs. ValueError names the file as in `read_checkpoint`, `check_complete` and
@@ -851,7 +851,7 @@ SIZE_LIMITS = {
 
 
 def check_base(base: str | Path) -> Path:
-    """The folder `base` as a path, if its config.json holds sizes that a Qwen2-VL can have.
+    """Return the folder `base` as a path, if its config.json holds sizes that a Qwen2-VL can have.
 
     Else FileNotFoundError or ValueError with the file. A network is built from these numbers before
     any weight is read.
