@@ -173,9 +173,8 @@ def visible_frames(cfg: CacheConfig, stored: int, frames: int, evicted: int = 0)
 # %% ../nbs/05_sink_cache.ipynb #446d371c
 # length of the released code's rotary table; negative positions count from its end
 PUBLISHED_POSITIONS = 1024
-Positions = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor
-]  # past keys [past], keys [f], queries [f]
+# of past keys [past], of keys [f] and of queries [f]
+Positions = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def window_positions(visible: Visible, cfg: CacheConfig, device: torch.device) -> Positions:

@@ -190,7 +190,6 @@ def make_block(
     It is made by `net` under prompt_embeds [B,L,text_dim], as `schedule` and `config` say. If that
     raises, the cache forgets the block, so that the same call can be made again.
     """
-    timesteps = check_steps(schedule, config.denoising_steps)
     x0 = plan.latents
     cache.begin_block(x0.shape[1])
     try:
@@ -201,7 +200,7 @@ def make_block(
                 prompt_embeds,
                 cache,
                 schedule,
-                timesteps=timesteps,
+                timesteps=check_steps(schedule, config.denoising_steps),
                 draw=plan.draw,
                 exit_step=plan.exit_step,
             )
@@ -337,7 +336,7 @@ class Stream:
     `sampler` decides how; prompt_embeds is [B,L,text_dim], `noise` are the blocks to start from
     [B,f,C,H,W], and latents have `latent_size` (rows, columns). Noise between
     steps is `renoise[block][step]` [B,f,C,H,W] or drawn from `generator`, as in `plan_blocks`;
-    `initial` [B,k,C,H,W] is a start that comes out first.
+    `initial` [B,k,C,H,W] is a start that comes out first. A block that fails does not end it.
     """
 
     def __init__(
@@ -353,8 +352,13 @@ class Stream:
         self.sampler, self.generator = sampler, generator
         self.prompt, cfg = CurrentPrompt(prompt_embeds), sampler.config
         self.cache = empty_cache(sampler.net, cfg, prompt_embeds, latent_size)
-        self.how = {"net": sampler.net, "schedule": sampler.schedule, "config": cfg}
-        self.how["cache"] = self.cache
+        # arguments of `make_block` that stay the same
+        self.parts = {
+            "net": sampler.net,
+            "schedule": sampler.schedule,
+            "config": cfg,
+            "cache": self.cache,
+        }
         # finished blocks that the cache shows, for `switch_prompt`
         shown = getattr(cfg.cache, "shown_frames", None)
         self.recent = deque(maxlen=None if shown is None else -(-shown // cfg.frames_per_block))
@@ -375,9 +379,10 @@ class Stream:
         return self
 
     def next_plan(self) -> BlockPlan:
-        """Return the plan of the next block, which is the last one's if that was not made.
+        """Return the plan of the next block; of the same block as before if that was not made.
 
-        Raises StopIteration after the last, and RuntimeError if the noise failed to come before.
+        Raises StopIteration after the last block, and RuntimeError if an earlier call failed to
+        draw its noise.
         """
         if self.plan is None:
             if self.planning:
@@ -402,14 +407,14 @@ class Stream:
             self.write_recent()
         plan = self.next_plan()
         with draws_taken_back(self.generator):
-            block = make_block(**self.how, plan=plan, prompt_embeds=self.prompt.embeds)
+            block = make_block(**self.parts, plan=plan, prompt_embeds=self.prompt.embeds)
         self.recent.append(block)
         self.plan = None
         return block
 
     @torch.no_grad()
     def write_recent(self) -> None:
-        """Write the recent blocks into the empty cache, under the present prompt.
+        """Empty the cache and write the recent blocks into it anew, under the present prompt.
 
         If that raises, the next block does it again before anything else.
         """
@@ -417,7 +422,7 @@ class Stream:
         self.cache.reset()
         plans = plan_blocks((), self.generator, given=list(self.recent))
         with draws_taken_back(self.generator):
-            for _ in generate_blocks(**self.how, plans=plans, prompt=self.prompt):
+            for _ in generate_blocks(**self.parts, plans=plans, prompt=self.prompt):
                 pass
         self.rewriting = False
 

@@ -138,10 +138,8 @@ def test_the_ema_sink_takes_up_each_leaving_frame_once(blocks, sink, alpha):
 
 def test_without_eviction_the_sink_stays_and_attention_sees_the_same_window():
     """Erratum 1: equal to a static sink to the last bit, because nothing leaves."""
-    frozen, static = (
-        run(CacheConfig(alpha=0.5), [3] * 7, evict=False, frames=21),
-        run(CacheConfig(sink="static"), [3] * 7),
-    )
+    frozen = run(CacheConfig(alpha=0.5), [3] * 7, evict=False, frames=21)
+    static = run(CacheConfig(sink="static"), [3] * 7)
     assert frames_in(frozen) == list(map(float, range(21)))
     assert torch.equal(frozen.view, static.view)
     moving = run(CacheConfig(alpha=0.5), [3] * 7)
@@ -211,16 +209,12 @@ def test_gradients_with_activation_checkpointing(evict):
         wrapped, checkpoint_wrapper_fn=checkpoint_wrapper, check_fn=lambda m: isinstance(m, Block)
     )
     generator = torch.Generator().manual_seed(0)
-    x, prompt = (
-        torch.randn(1, 15, 4, 4, 6, generator=generator),
-        torch.randn(1, 5, 16, generator=generator),
-    )
+    x = torch.randn(1, 15, 4, 4, 6, generator=generator)
+    prompt = torch.randn(1, 5, 16, generator=generator)
 
     def gradients(net):
-        cache, loss = (
-            make_cache(SMALL, CacheConfig(alpha=0.5), 1, (2, 3), evict=evict, frames=15),
-            0,
-        )
+        cache = make_cache(SMALL, CacheConfig(alpha=0.5), 1, (2, 3), evict=evict, frames=15)
+        loss = 0
         for block in x.split(3, 1):
             cache.begin_block(3)
             out = net(block, torch.full((1,), 500.0), prompt, cache=cache)
@@ -239,10 +233,8 @@ def test_gradients_with_activation_checkpointing(evict):
 def test_batch_rows_are_independent():
     torch.manual_seed(0)
     net, generator = WanTransformer(SMALL).requires_grad_(False), torch.Generator().manual_seed(0)
-    x, prompt = (
-        torch.randn(3, 15, 4, 4, 6, generator=generator),
-        torch.randn(3, 5, 16, generator=generator),
-    )
+    x = torch.randn(3, 15, 4, 4, 6, generator=generator)
+    prompt = torch.randn(3, 5, 16, generator=generator)
 
     def stream(rows):
         cache, out = make_cache(SMALL, CacheConfig(alpha=0.5), len(rows), (2, 3)), []
@@ -280,10 +272,8 @@ def test_settings_that_clash_are_refused(change, message):
 
 
 def test_calls_that_do_not_fit_are_refused():
-    net, cache = (
-        WanTransformer(SMALL).requires_grad_(False),
-        make_cache(SMALL, CacheConfig(), 2, (2, 3)),
-    )
+    net = WanTransformer(SMALL).requires_grad_(False)
+    cache = make_cache(SMALL, CacheConfig(), 2, (2, 3))
     call = lambda B=2, f=3, H=4: net(
         torch.zeros(B, f, 4, H, 6), torch.zeros(B), torch.zeros(B, 5, 16), cache=cache
     )
@@ -333,10 +323,8 @@ def test_a_cache_that_returns_fewer_queries_is_refused():
 
 def test_a_layer_with_another_kernel_uses_it_with_a_cache():
     """The kernel of set_attention must reach the cache, which would else pick one by accident."""
-    net, cache = (
-        WanTransformer(SMALL).requires_grad_(False),
-        make_cache(SMALL, CacheConfig(), 1, (2, 3)),
-    )
+    net = WanTransformer(SMALL).requires_grad_(False)
+    cache = make_cache(SMALL, CacheConfig(), 1, (2, 3))
     used, plain = [], net.blocks[0].self_attn.attend
     for block in net.blocks:
         block.self_attn.attend = lambda q, k, v: (used.append(k.shape[1]), plain(q, k, v))[1]

@@ -71,10 +71,8 @@ def test_published_sampler(golden):
 def test_published_sampler_call_by_call(golden):
     tensors, info, net, cfg, renoise = published(golden, "rollout_inference")
     schedule, prompt = FlowSchedule(info["shift"]), tensors["prompt_embeds"]
-    timesteps, cache = (
-        schedule.warp(info["step_list"]).tolist(),
-        make_cache(net.cfg, cfg, 1, (2, 3)),
-    )
+    timesteps = schedule.warp(info["step_list"]).tolist()
+    cache = make_cache(net.cfg, cfg, 1, (2, 3))
     errors = []
     for b, x in enumerate(tensors["noise"].split(3, 1)):
         cache.begin_block(3)
@@ -171,11 +169,9 @@ def test_any_frame_count_and_block_size(cache, frames, per_block):
         frames_per_block=per_block,
         cache=cache,
     )
-    noise, prompt, first = (
-        randn(2, frames, 4, 4, 6),
-        randn(2, 5, 16),
-        frames % per_block + per_block,
-    )
+    noise = randn(2, frames, 4, 4, 6)
+    prompt = randn(2, 5, 16)
+    first = frames % per_block + per_block
     make = lambda: sampler.sample(noise, prompt, generator=torch.Generator().manual_seed(0))
     if cache.window_frames and first > cache.window_frames - cache.num_sink:
         message = (
@@ -189,11 +185,9 @@ def test_any_frame_count_and_block_size(cache, frames, per_block):
 
 
 def test_clips_of_a_batch_do_not_mix():
-    net, noise, prompt = (
-        small_net().requires_grad_(False),
-        randn(2, 12, 4, 4, 6),
-        randn(2, 5, 16, seed=1),
-    )
+    net = small_net().requires_grad_(False)
+    noise = randn(2, 12, 4, 4, 6)
+    prompt = randn(2, 5, 16, seed=1)
     renoise = [[randn(2, 3, 4, 4, 6, seed=10 * b + s) for s in range(3)] for b in range(4)]
     both = StreamSampler(net).sample(noise, prompt, renoise)
     for i in range(2):
@@ -288,10 +282,8 @@ def test_bfloat16_network_with_float32_latents():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_gpu_streams_the_same_video():
     net, prompt = small_net().requires_grad_(False), randn(1, 5, 16)
-    noise, renoise = (
-        randn(1, 12, 4, 4, 6),
-        [[randn(1, 3, 4, 4, 6, seed=10 * b + s) for s in range(3)] for b in range(4)],
-    )
+    noise = randn(1, 12, 4, 4, 6)
+    renoise = [[randn(1, 3, 4, 4, 6, seed=10 * b + s) for s in range(3)] for b in range(4)]
     reference = StreamSampler(net).sample(noise, prompt, renoise)
     ours = StreamSampler(net.cuda()).sample(noise.cuda(), prompt.cuda(), renoise)
     assert relative_error(ours.cpu(), reference) < 1e-3
@@ -417,7 +409,7 @@ def test_a_switch_of_the_prompt_that_fails_is_made_up_for():
     assert torch.equal(*(next(stream) for stream in streams))
 
 
-def test_a_clip_after_a_finished_one_ends_as_before():
+def test_a_finished_stream_stays_finished():
     stream = StreamSampler(small_net().requires_grad_(False)).stream(
         randn(1, 5, 16), torch.Generator().manual_seed(0), num_blocks=2
     )
