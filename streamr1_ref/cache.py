@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
@@ -19,12 +19,12 @@ from streamr1_ref.transformer import (
     rotary_table,
     rotate,
 )
-from .utils.checks import check_choices
+from .utils.checks import check_choices, check_numbers
 
 # %% auto #0
-__all__ = ['PUBLISHED_POSITIONS', 'Positions', 'POSITIONS', 'EVICTIONS', 'CacheConfig', 'Visible', 'visible_frames',
-           'window_positions', 'published_positions', 'KeepAll', 'SlideWindow', 'EMASink', 'OpenBlock', 'open_block',
-           'WindowLayer', 'WindowKVCache', 'make_cache']
+__all__ = ['PUBLISHED_POSITIONS', 'Positions', 'POSITIONS', 'EVICTIONS', 'CacheConfig', 'CacheSettings', 'Visible',
+           'visible_frames', 'window_positions', 'published_positions', 'KeepAll', 'SlideWindow', 'EMASink',
+           'OpenBlock', 'open_block', 'WindowLayer', 'WindowKVCache', 'make_cache']
 
 # %% ../nbs/05_sink_cache.ipynb #931134fe
 @dataclass(frozen=True)
@@ -51,12 +51,9 @@ class CacheConfig:
 
     def __post_init__(self):
         check_choices(self)
-        if self.sink_frames < 0:
-            raise ValueError(f"sink_frames: expected at least 0, got {self.sink_frames}")
-        if self.max_frames < 1:
-            raise ValueError(f"max_frames: expected at least 1, got {self.max_frames}")
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha: expected 0 to 1, got {self.alpha}")
+        check_numbers(
+            self, window_frames=(1, None), sink_frames=(0, None), alpha=(0, 1), max_frames=(1, None)
+        )
         if self.window_frames is not None and self.window_frames <= self.num_sink:
             raise ValueError(
                 f"window_frames: expected more than sink_frames={self.num_sink}, "
@@ -85,6 +82,64 @@ class CacheConfig:
                 "window_frames: expected at least sink_frames + the block = "
                 f"{S} + {frames}, got {W}"
             )
+
+    @property
+    def shown_frames(self) -> int:
+        """Frames of the past that a stream keeps, to write them anew under another prompt."""
+        return self.window_frames or self.max_frames
+
+    def check_clip(self, frames: int) -> None:
+        """Raise ValueError if a clip of so many `frames` is more than a full cache holds."""
+        if self.window_frames is None and frames > self.max_frames:
+            raise ValueError(
+                f"max_frames: a cache without a window holds {self.max_frames} frames, "
+                f"got a clip of {frames}; raise max_frames or set window_frames"
+            )
+
+    def make(
+        self,
+        net: WanConfig,
+        batch: int,
+        grid: tuple[int, int],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        evict: bool = True,
+        frames: int | None = None,
+    ) -> KVCache:
+        """Return an empty cache of these settings, as `make_cache` does.
+
+        `net`, `batch`, `grid`, `device`, `dtype`, `evict` and `frames` are its arguments.
+        """
+        return make_cache(net, self, batch, grid, device, dtype, evict, frames)
+
+# %% ../nbs/05_sink_cache.ipynb #b37807b5
+class CacheSettings(Protocol):
+    """Settings of a stream's cache: a `CacheConfig`, or a frozen dataclass of your own.
+
+    They may also have `shown_frames`, how many finished frames a stream keeps to write them anew
+    under another prompt (without it: all), and `check_clip(frames)`, which raises ValueError for a
+    clip that the cache cannot hold.
+    """
+
+    def make(
+        self,
+        net: WanConfig,
+        batch: int,
+        grid: tuple[int, int],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        evict: bool = True,
+        frames: int | None = None,
+    ) -> KVCache:
+        """Return an empty cache for `batch` streams of a network of the sizes `net`.
+
+        A frame has `grid` (rows, columns) tokens, and the memory is on `device` in `dtype`. A
+        training rollout says that it has so many `frames` and whether anything may be evicted from
+        them (`evict`); a cache to which that means nothing may ignore both.
+        """
+
+    def check_block(self, frames: int) -> None:
+        """Raise ValueError unless the cache can hold an open block of so many `frames`."""
 
 # %% ../nbs/05_sink_cache.ipynb #b5e10002
 @dataclass(frozen=True)
@@ -118,9 +173,8 @@ def visible_frames(cfg: CacheConfig, stored: int, frames: int, evicted: int = 0)
 # %% ../nbs/05_sink_cache.ipynb #446d371c
 # length of the released code's rotary table; negative positions count from its end
 PUBLISHED_POSITIONS = 1024
-Positions = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor
-]  # past keys [past], keys [f], queries [f]
+# of past keys [past], of keys [f] and of queries [f]
+Positions = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def window_positions(visible: Visible, cfg: CacheConfig, device: torch.device) -> Positions:
@@ -342,7 +396,8 @@ class WindowKVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
-        self.net, self.cfg, self.batch, self.grid = net, cfg, batch, tuple(grid)
+        self.net, self.cfg = net, cfg
+        self.batch, self.grid = batch, tuple(grid)
         self.capacity, self.frame_tokens = capacity, grid[0] * grid[1]
 
         def zeros(*shape: int) -> torch.Tensor:  # 2: keys, values
@@ -361,6 +416,7 @@ class WindowKVCache:
         self.length = 0  # frames of the past in the store
         self.evicted_frames = 0  # frames that have left the store
         self.block: OpenBlock | None = None
+        self.moving = False  # whether frames are on their way to other places
 
     @property
     def opened(self) -> OpenBlock:
@@ -385,20 +441,29 @@ class WindowKVCache:
     def begin_block(self, frames: int) -> None:
         """Open a block of so many latent `frames`: evict what no longer fits, fill the view.
 
-        Raises ValueError if a block is open already, and if this one fits neither window nor store.
+        Raises ValueError if a block is open already, if this one fits neither window nor store, and
+        if an earlier eviction was interrupted. A call that raises opens nothing.
         """
         if self.block is not None:
             raise ValueError(
                 f"cache: a block of {self.open_frames} frames is open; "
                 "call cache.commit() first, or cache.commit(0) to forget it"
             )
+        if self.moving:
+            raise ValueError(
+                "cache: an eviction was interrupted and left frames in the wrong places; "
+                "call cache.reset() and write the past anew"
+            )
         self.cfg.check_block(frames)
         if (excess := self.length + frames - self.capacity) > 0:
+            self.moving = self.eviction.moves_frames
             self.eviction.evict(self.length, excess, self.evicted_frames)
             self.length, self.evicted_frames = self.length - excess, self.evicted_frames + excess
+            self.moving = False
         visible = visible_frames(self.cfg, self.length, frames, self.evicted_frames)
-        self.block = open_block(visible, self.cfg, self.grid, self.net.head_dim, self.store)
-        self.fill_view(visible, self.block.past_table)
+        block = open_block(visible, self.cfg, self.grid, self.net.head_dim, self.store)
+        self.fill_view(visible, block.past_table)
+        self.block = block
 
     def fill_view(self, visible: Visible, table: torch.Tensor) -> None:
         """Put the past that is `visible` into the view, its keys rotated by `table` [2,N,d/2]."""

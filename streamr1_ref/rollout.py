@@ -7,21 +7,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
 from .attention import block_sizes
-from .cache import CacheConfig, make_cache
+from .cache import CacheConfig, CacheSettings
 from .flow import FlowSchedule
 from .transformer import KVCache, WanTransformer
-from .utils.checks import check_choices, check_tensor
+from .utils.checks import check_choices, check_numbers, check_tensor
 
 # %% auto #0
 __all__ = ['Draw', 'check_steps', 'SamplerConfig', 'denoise_block', 'fresh_noise', 'commit_block', 'BlockPlan', 'CurrentPrompt',
-           'generate_blocks', 'plan_blocks', 'initial_sizes', 'sampler_config', 'Stream', 'StreamSampler',
-           'check_start', 'Rollout', 'draw_exit_steps', 'check_exit_steps', 'self_forcing_rollout']
+           'make_block', 'generate_blocks', 'plan_blocks', 'initial_sizes', 'sampler_config', 'empty_cache',
+           'draws_taken_back', 'Stream', 'StreamSampler', 'check_start', 'Rollout', 'draw_exit_steps',
+           'check_exit_steps', 'self_forcing_rollout']
 
 # %% ../nbs/06_self_forcing.ipynb #94d79f16
 def check_steps(schedule: FlowSchedule, steps: Sequence[int]) -> list[float]:
@@ -41,12 +43,13 @@ def check_steps(schedule: FlowSchedule, steps: Sequence[int]) -> list[float]:
 class SamplerConfig:
     """How blocks of latents are made: the same for a stream, a clip and the training rollout.
 
-    Raises ValueError for settings that clash.
+    Raises ValueError for settings that clash, and TypeError for a `cache` that makes no cache.
     """
 
     denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)  # on the unshifted scale, falling
     frames_per_block: int = 3  # latent frames
-    cache: CacheConfig = field(default_factory=CacheConfig)  # what is kept of the past
+    # what is kept of the past: a CacheConfig or settings of another cache
+    cache: CacheSettings = field(default_factory=CacheConfig)
     context_noise: float = 0.0  # timestep at which finished blocks are written into the cache
     # noise of finished blocks: "exact": that of context_noise; "nearest": the closest table entry's
     context_lookup: Literal["exact", "nearest"] = "exact"
@@ -54,21 +57,25 @@ class SamplerConfig:
     def __post_init__(self):
         object.__setattr__(self, "denoising_steps", tuple(self.denoising_steps))
         check_choices(self)
+        check_numbers(self, frames_per_block=(1, None), context_noise=(0, 1000))
         steps = self.denoising_steps
-        if not steps or list(steps) != sorted(set(steps), reverse=True) or steps[-1] < 1:
+        # by type too: True == 1, and 500.0 would not be found in the schedule's table
+        whole = all(type(step) is int for step in steps)
+        falling = whole and list(steps) == sorted(set(steps), reverse=True)
+        if not steps or not falling or steps[-1] < 1:
             raise ValueError(
                 f"denoising_steps: expected falling whole numbers above 0, got {list(steps)}"
             )
-        W, S = self.cache.window_frames, self.cache.num_sink
-        if self.frames_per_block < 1:
-            raise ValueError(f"frames_per_block: expected at least 1, got {self.frames_per_block}")
-        if W is not None and W < S + self.frames_per_block:
+        if type(self.frames_per_block) is not int:
             raise ValueError(
-                "window_frames: expected at least sink_frames + frames_per_block = "
-                f"{S} + {self.frames_per_block}, got {W}"
+                f"frames_per_block: expected a whole number, got {self.frames_per_block!r}"
             )
-        if self.context_noise < 0:
-            raise ValueError(f"context_noise: expected at least 0, got {self.context_noise}")
+        if not all(hasattr(self.cache, method) for method in ("make", "check_block")):
+            raise TypeError(
+                "cache: expected settings with make and check_block, such as CacheConfig, "
+                f"got {self.cache!r}"
+            )
+        self.cache.check_block(self.frames_per_block)
 
 # %% ../nbs/06_self_forcing.ipynb #fcb943e5
 # (step, x0 [B,f,C,H,W]) -> fresh noise [B,f,C,H,W], to re-noise x0 after that step
@@ -142,8 +149,10 @@ def commit_block(
     and values; nobody needs the output. A `context_noise` above 0 also puts noise of `draw` on the
     block, at that level of `schedule`. With `context_lookup="nearest"` the noise is always that of
     the schedule's closest entry, which for timestep 0 is sigma 0.005: the published training does
-    so.
+    so. Raises ValueError for any other `context_lookup` than these two.
     """
+    if context_lookup not in ("exact", "nearest"):
+        raise ValueError(f"context_lookup: expected 'exact' or 'nearest', got {context_lookup!r}")
     timestep = torch.full((len(x0),), context_noise, device=x0.device)
     if context_noise or context_lookup == "nearest":
         x0 = schedule.add_noise(x0, draw(-1, x0), timestep)
@@ -167,7 +176,50 @@ class CurrentPrompt:
 
     embeds: torch.Tensor  # [B,L,text_dim]
 
+# %% ../nbs/06_self_forcing.ipynb #2f5f2dfd
+def make_block(
+    net: WanTransformer,
+    schedule: FlowSchedule,
+    config: SamplerConfig,
+    cache: KVCache,
+    plan: BlockPlan,
+    prompt_embeds: torch.Tensor,
+) -> torch.Tensor:
+    """Return the finished block [B,f,C,H,W] of `plan`, which is then part of the past in `cache`.
 
+    It is made by `net` under prompt_embeds [B,L,text_dim], as `schedule` and `config` say. If that
+    raises, the cache forgets the block, so that the same call can be made again.
+    """
+    x0 = plan.latents
+    cache.begin_block(x0.shape[1])
+    try:
+        if not plan.given:
+            x0 = denoise_block(
+                net,
+                x0,
+                prompt_embeds,
+                cache,
+                schedule,
+                timesteps=check_steps(schedule, config.denoising_steps),
+                draw=plan.draw,
+                exit_step=plan.exit_step,
+            )
+        commit_block(
+            net,
+            x0.detach(),
+            prompt_embeds,
+            cache,
+            schedule,
+            context_noise=config.context_noise,
+            draw=plan.draw,
+            context_lookup=config.context_lookup,
+        )
+    except BaseException:  # an interrupt from the keyboard too
+        cache.commit(0)
+        raise
+    return x0
+
+# %% ../nbs/06_self_forcing.ipynb #04aae5bc
 def generate_blocks(
     net: WanTransformer,
     schedule: FlowSchedule,
@@ -182,16 +234,8 @@ def generate_blocks(
     at the beginning of each block. Where gradients are enabled, a block carries that of its exit
     call, and later blocks see it as a constant.
     """
-    timesteps = check_steps(schedule, config.denoising_steps)
-    context = {"context_noise": config.context_noise, "context_lookup": config.context_lookup}
     for plan in plans:
-        embeds, x0 = prompt.embeds, plan.latents
-        cache.begin_block(x0.shape[1])
-        if not plan.given:
-            call = (net, x0, embeds, cache, schedule, timesteps, plan.draw, plan.exit_step)
-            x0 = denoise_block(*call)
-        commit_block(net, x0.detach(), embeds, cache, schedule, draw=plan.draw, **context)
-        yield x0
+        yield make_block(net, schedule, config, cache, plan, prompt.embeds)
 
 # %% ../nbs/06_self_forcing.ipynb #c6a10007
 def plan_blocks(
@@ -226,7 +270,7 @@ def sampler_config(
     config: SamplerConfig | None = None,
     steps: Sequence[int] | None = None,
     frames_per_block: int | None = None,
-    cache: CacheConfig | None = None,
+    cache: CacheSettings | None = None,
     context_noise: float | None = None,
     context_lookup: str | None = None,
 ) -> SamplerConfig:
@@ -245,6 +289,46 @@ def sampler_config(
     changes = {name: value for name, value in given.items() if value is not None}
     return replace(config or SamplerConfig(), **changes)
 
+# %% ../nbs/06_self_forcing.ipynb #9392529e
+def empty_cache(
+    net: WanTransformer,
+    config: SamplerConfig,
+    prompt_embeds: torch.Tensor,
+    latent_size: tuple[int, int],
+    evict: bool = True,
+    frames: int | None = None,
+) -> KVCache:
+    """Return the cache of `config` for `net`, with which a stream or a rollout begins.
+
+    Batch, device and dtype are those of prompt_embeds [B,L,text_dim], and `latent_size` is (rows,
+    columns) of the latents. `evict` and `frames` are those of `CacheSettings.make`.
+    """
+    _, rows, columns = net.cfg.patch_size
+    return config.cache.make(
+        net=net.cfg,
+        batch=len(prompt_embeds),
+        grid=(latent_size[0] // rows, latent_size[1] // columns),
+        device=prompt_embeds.device,
+        dtype=prompt_embeds.dtype,
+        evict=evict,
+        frames=frames,
+    )
+
+# %% ../nbs/06_self_forcing.ipynb #3d578565
+@contextmanager
+def draws_taken_back(generator: torch.Generator | None) -> Iterator[None]:
+    """A block of code that sets `generator` back to where it was if it raises, for whatever reason.
+
+    None, for a block that draws nothing, is left alone.
+    """
+    state = None if generator is None else generator.get_state()
+    try:
+        yield
+    except BaseException:  # an interrupt from the keyboard too
+        if generator is not None:
+            generator.set_state(state)
+        raise
+
 # %% ../nbs/06_self_forcing.ipynb #426bd4f4
 class Stream:
     """An iterator over finished blocks of latents [B,f,C,H,W], made by `StreamSampler.stream`.
@@ -252,7 +336,7 @@ class Stream:
     `sampler` decides how; prompt_embeds is [B,L,text_dim], `noise` are the blocks to start from
     [B,f,C,H,W], and latents have `latent_size` (rows, columns). Noise between
     steps is `renoise[block][step]` [B,f,C,H,W] or drawn from `generator`, as in `plan_blocks`;
-    `initial` [B,k,C,H,W] is a start that comes out first.
+    `initial` [B,k,C,H,W] is a start that comes out first. A block that fails does not end it.
     """
 
     def __init__(
@@ -266,19 +350,25 @@ class Stream:
         initial: torch.Tensor | None = None,
     ):
         self.sampler, self.generator = sampler, generator
-        self.prompt, cfg, net = CurrentPrompt(prompt_embeds), sampler.config, sampler.net.cfg
-        grid = (latent_size[0] // net.patch_size[1], latent_size[1] // net.patch_size[2])
-        where = (prompt_embeds.device, prompt_embeds.dtype)
-        self.cache = make_cache(net, cfg.cache, len(prompt_embeds), grid, *where)
+        self.prompt, cfg = CurrentPrompt(prompt_embeds), sampler.config
+        self.cache = empty_cache(sampler.net, cfg, prompt_embeds, latent_size)
+        # arguments of `make_block` that stay the same
+        self.parts = {
+            "net": sampler.net,
+            "schedule": sampler.schedule,
+            "config": cfg,
+            "cache": self.cache,
+        }
         # finished blocks that the cache shows, for `switch_prompt`
-        shown = cfg.cache.window_frames or cfg.cache.max_frames
-        self.recent = deque(maxlen=-(-shown // cfg.frames_per_block))
+        shown = getattr(cfg.cache, "shown_frames", None)
+        self.recent = deque(maxlen=None if shown is None else -(-shown // cfg.frames_per_block))
         given = ()
         if initial is not None:
             given = initial.split(initial_sizes(initial.shape[1], cfg.frames_per_block), 1)
-        plans = plan_blocks(noise, generator, renoise, given=given)
-        run = (sampler.net, sampler.schedule, cfg, self.cache, plans, self.prompt)
-        self.blocks = generate_blocks(*run)
+        self.plans = plan_blocks(noise, generator, renoise, given=given)
+        self.plan: BlockPlan | None = None  # of the next block, once its noise is there
+        self.planning = False  # whether noise is being drawn; a failure leaves it True
+        self.rewriting = False  # whether the past is being written anew; likewise
 
     @property
     def prompt_embeds(self) -> torch.Tensor:
@@ -288,12 +378,53 @@ class Stream:
     def __iter__(self) -> Stream:
         return self
 
+    def next_plan(self) -> BlockPlan:
+        """Return the plan of the next block; of the same block as before if that was not made.
+
+        Raises StopIteration after the last block, and RuntimeError if an earlier call failed to
+        draw its noise.
+        """
+        if self.plan is None:
+            if self.planning:
+                raise RuntimeError(
+                    "noise: the next block's could not be drawn in an earlier call, and what "
+                    "draws it cannot go on; make a new stream"
+                )
+            self.planning = True
+            self.plan = next(self.plans, None)
+            self.planning = False
+        if self.plan is None:
+            raise StopIteration
+        return self.plan
+
     @torch.no_grad()
     def __next__(self) -> torch.Tensor:
-        """Return the next block [B,f,C,H,W]; blocks of a given start come first, as they are."""
-        block = next(self.blocks)
+        """Return the next block [B,f,C,H,W]; blocks of a given start come first, as they are.
+
+        If that raises, whatever the reason, the next call makes the same block.
+        """
+        if self.rewriting:
+            self.write_recent()
+        plan = self.next_plan()
+        with draws_taken_back(self.generator):
+            block = make_block(**self.parts, plan=plan, prompt_embeds=self.prompt.embeds)
         self.recent.append(block)
+        self.plan = None
         return block
+
+    @torch.no_grad()
+    def write_recent(self) -> None:
+        """Empty the cache and write the recent blocks into it anew, under the present prompt.
+
+        If that raises, the next block does it again before anything else.
+        """
+        self.rewriting = True
+        self.cache.reset()
+        plans = plan_blocks((), self.generator, given=list(self.recent))
+        with draws_taken_back(self.generator):
+            for _ in generate_blocks(**self.parts, plans=plans, prompt=self.prompt):
+                pass
+        self.rewriting = False
 
     @torch.no_grad()
     def switch_prompt(self, prompt_embeds: torch.Tensor, recache: bool = True) -> None:
@@ -302,15 +433,11 @@ class Stream:
         The cache is told by the event "prompt". With `recache` the visible past is written anew
         under the new prompt (LongLive, 2509.22622). Raises ValueError for another batch or width.
         """
-        s, cfg = self.sampler, self.sampler.config
-        sizes = {"B": len(self.prompt.embeds), "D": s.net.cfg.text_dim}
+        sizes = {"B": len(self.prompt.embeds), "D": self.sampler.net.cfg.text_dim}
         self.prompt.embeds = check_tensor("prompt_embeds", prompt_embeds, "B L D", **sizes)
         self.cache.on_event("prompt")
         if recache:
-            self.cache.reset()
-            plans = plan_blocks((), self.generator, given=list(self.recent))
-            for _ in generate_blocks(s.net, s.schedule, cfg, self.cache, plans, self.prompt):
-                pass
+            self.write_recent()
 
 # %% ../nbs/06_self_forcing.ipynb #91f51d6d
 @dataclass(frozen=True, init=False)
@@ -332,14 +459,20 @@ class StreamSampler:
         schedule: FlowSchedule | None = None,
         steps: Sequence[int] | None = None,
         frames_per_block: int | None = None,
-        cache: CacheConfig | None = None,
+        cache: CacheSettings | None = None,
         context_noise: float | None = None,
         context_lookup: str | None = None,
         config: SamplerConfig | None = None,
     ):
         schedule = FlowSchedule() if schedule is None else schedule
-        given = (steps, frames_per_block, cache, context_noise, context_lookup)
-        config = sampler_config(config, *given)
+        config = sampler_config(
+            config,
+            steps=steps,
+            frames_per_block=frames_per_block,
+            cache=cache,
+            context_noise=context_noise,
+            context_lookup=context_lookup,
+        )
         check_steps(schedule, config.denoising_steps)
         for name, value in {"net": net, "schedule": schedule, "config": config}.items():
             object.__setattr__(self, name, value)
@@ -355,7 +488,7 @@ class StreamSampler:
         return self.config.frames_per_block
 
     @property
-    def cache(self) -> CacheConfig:
+    def cache(self) -> CacheSettings:
         """What is kept of the past."""
         return self.config.cache
 
@@ -383,12 +516,8 @@ class StreamSampler:
         check_start(self, prompt_embeds, initial, size, frames)
         shape = (len(prompt_embeds), self.frames_per_block, cfg.in_channels, *size)
         rounds = iter(int, 1) if num_blocks is None else range(num_blocks)
-        noise = (
-            torch.randn(shape, generator=generator, device=generator.device).to(
-                prompt_embeds.device
-            )
-            for _ in rounds
-        )
+        drawn = {"generator": generator, "device": generator.device}
+        noise = (torch.randn(shape, **drawn).to(prompt_embeds.device) for _ in rounds)
         return Stream(self, prompt_embeds, noise, size, generator, initial=initial)
 
     def sample(
@@ -405,11 +534,12 @@ class StreamSampler:
         `initial` [B,k,C,H,W] come in front. Raises ValueError for shapes that do not fit.
         """
         sizes = {"B": len(prompt_embeds), "C": self.net.cfg.in_channels}
-        _, frames, _, H, W = check_tensor("noise", noise, "B F C H W", **sizes).shape
+        shape = check_tensor("noise", noise, "B F C H W", **sizes).shape
+        frames, size = shape[1], shape[3:]
         blocks = noise.split(block_sizes(frames, self.frames_per_block), 1)
-        check_start(self, prompt_embeds, initial, (H, W), frames)
-        run = Stream(self, prompt_embeds, blocks, (H, W), generator, renoise, initial)
-        return torch.cat(list(run), 1)
+        check_start(self, prompt_embeds, initial, size, frames)
+        stream = Stream(self, prompt_embeds, blocks, size, generator, renoise, initial)
+        return torch.cat(list(stream), 1)
 
 # %% ../nbs/06_self_forcing.ipynb #088accbe
 def check_start(
@@ -422,8 +552,7 @@ def check_start(
     """Raise ValueError, before any work, for a start that does not fit `sampler`.
 
     That is prompt_embeds [B,L,text_dim] of another width, `initial` [B,k,C,H,W] of another batch,
-    number of channels or `size` (rows, columns), or more `frames` than a cache without a window
-    holds.
+    number of channels or `size` (rows, columns), or more `frames` than the cache's settings allow.
     """
     cfg, cache = sampler.net.cfg, sampler.cache
     check_tensor("prompt_embeds", prompt_embeds, "B L D", D=cfg.text_dim)
@@ -431,11 +560,8 @@ def check_start(
     if initial is not None:
         sizes = {"B": len(prompt_embeds), "C": cfg.in_channels, "H": size[0], "W": size[1]}
         total += check_tensor("initial", initial, "B F C H W", **sizes).shape[1]
-    if cache.window_frames is None and frames is not None and total > cache.max_frames:
-        raise ValueError(
-            f"max_frames: a cache without a window holds {cache.max_frames} frames, "
-            f"got a clip of {total}; raise max_frames or set window_frames"
-        )
+    if frames is not None and hasattr(cache, "check_clip"):
+        cache.check_clip(total)
 
 # %% ../nbs/06_self_forcing.ipynb #c6a891a4
 @dataclass(frozen=True)
@@ -478,7 +604,7 @@ def self_forcing_rollout(
     steps: Sequence[int] | None = None,
     exit_steps: Sequence[int] | None = None,
     frames_per_block: int | None = None,
-    cache: CacheConfig | None = None,
+    cache: CacheSettings | None = None,
     evict: bool = False,
     renoise: Sequence[Sequence[torch.Tensor]] | None = None,
     generator: torch.Generator | None = None,
@@ -498,16 +624,13 @@ def self_forcing_rollout(
     Raises ValueError for shapes, settings and exit steps that do not fit.
     """
     config = sampler_config(config, steps, frames_per_block, cache, context_noise, context_lookup)
-    shape = {"B": len(prompt_embeds), "C": net.cfg.in_channels}
-    B, frames, _, H, W = check_tensor("noise", noise, "B F C H W", **shape).shape
-    sizes, num_steps = block_sizes(frames, config.frames_per_block), len(config.denoising_steps)
+    sizes = {"B": len(prompt_embeds), "C": net.cfg.in_channels}
+    shape = check_tensor("noise", noise, "B F C H W", **sizes).shape
+    blocks, num_steps = block_sizes(shape[1], config.frames_per_block), len(config.denoising_steps)
     if exit_steps is None:
-        exit_steps = draw_exit_steps(len(sizes), num_steps, generator, per_block)
-    exits = check_exit_steps(exit_steps, len(sizes), num_steps)
-    grid = (H // net.cfg.patch_size[1], W // net.cfg.patch_size[2])
-    where = (noise.device, prompt_embeds.dtype)
-    kv = make_cache(net.cfg, config.cache, B, grid, *where, evict, frames)
-    plans = plan_blocks(noise.split(sizes, 1), generator, renoise, exits)
-    prompt = CurrentPrompt(prompt_embeds)
-    blocks = list(generate_blocks(net, schedule, config, kv, plans, prompt))
-    return Rollout(torch.cat(blocks, 1), list(exit_steps))
+        exit_steps = draw_exit_steps(len(blocks), num_steps, generator, per_block)
+    exits = check_exit_steps(exit_steps, len(blocks), num_steps)
+    kv = empty_cache(net, config, prompt_embeds, shape[3:], evict, frames=shape[1])
+    plans = plan_blocks(noise.split(blocks, 1), generator, renoise, exits)
+    made = list(generate_blocks(net, schedule, config, kv, plans, CurrentPrompt(prompt_embeds)))
+    return Rollout(torch.cat(made, 1), list(exit_steps))

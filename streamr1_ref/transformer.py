@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .utils.checks import check_tensor
+from .utils.checks import check_numbers, check_tensor
 
 # %% auto #0
 __all__ = ['Kernel', 'WRAPPERS', 'PREFIXES', 'DIFFUSERS_NAMES', 'DIFFUSERS_BLOCK_NAMES', 'WanConfig', 'to_tokens', 'from_tokens',
@@ -31,8 +31,8 @@ __all__ = ['Kernel', 'WRAPPERS', 'PREFIXES', 'DIFFUSERS_NAMES', 'DIFFUSERS_BLOCK
 class WanConfig:
     """Sizes of the transformer; the defaults are the tiny world's.
 
-    Raises ValueError if `dim` does not divide into heads of an even width of at least 6, and for an
-    odd `freq_dim`.
+    Raises ValueError if `dim` does not divide into heads of an even width of at least 6, for an odd
+    `freq_dim`, for numbers below 1 and for a `latent_size` that is no multiple of the patch.
     """
 
     dim: int = 128  # width of a token
@@ -50,6 +50,18 @@ class WanConfig:
     latent_size: tuple[int, int] = (8, 8)
 
     def __post_init__(self):
+        counts = ["dim", "ffn_dim", "num_heads", "num_layers", "in_channels", "out_channels"]
+        counts += ["text_dim", "text_len", "freq_dim", "patch_size", "latent_size"]
+        for name in ("patch_size", "latent_size"):  # a list, as JSON has them, is a tuple here
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_numbers(self, eps=(0, None), **dict.fromkeys(counts, (1, None)))
+        if len(self.patch_size) != 3:
+            raise ValueError(f"patch_size: expected three numbers, got {self.patch_size}")
+        patch = self.patch_size[1:]
+        if len(self.latent_size) != 2 or any(n % p for n, p in zip(self.latent_size, patch)):
+            raise ValueError(
+                f"latent_size: expected two multiples of {patch}, got {self.latent_size}"
+            )
         if self.dim % self.num_heads or self.head_dim % 2 or self.head_dim < 6:
             raise ValueError(
                 "dim, num_heads: expected dim / num_heads to be even and at least 6, "
@@ -165,7 +177,12 @@ Kernel = Callable[..., torch.Tensor]  # attention as `attend` computes it
 
 
 class LayerCache(Protocol):
-    """The past of one layer in one call: it sees the queries and decides what they attend to."""
+    """The past of one layer in one call: it sees the queries and decides what they attend to.
+
+    It is a snapshot. Where a backward pass computes a layer again (activation checkpointing),
+    `attend` is called a second time with the same arguments, after later blocks have changed the
+    cache, and must return the same.
+    """
 
     def attend(
         self,
@@ -183,7 +200,7 @@ class LayerCache(Protocol):
         the layer's attention function, which the cache should use.
         """
 
-
+# %% ../nbs/03_transformer.ipynb #f876c0bb
 class Attention(nn.Module):
     """Multi-head attention with queries and keys RMS-normed over the whole width.
 
@@ -193,7 +210,10 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, eps: float = 1e-6):
         super().__init__()
         self.num_heads = num_heads
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
         self.norm_q, self.norm_k = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
         self.attend = attend
 
@@ -319,7 +339,8 @@ def check_inputs(
     `prompt_embeds` [B,L,text_dim] with L <= text_len. ValueError for shapes, TypeError for anything
     but floating-point tensors.
     """
-    B, n, _, H, W = check_tensor("x_t", x_t, "B F C H W", C=cfg.in_channels).shape
+    shape = check_tensor("x_t", x_t, "B F C H W", C=cfg.in_channels).shape
+    (B, n), (H, W) = shape[:2], shape[3:]
     p, q, r = cfg.patch_size
     if n % p or H % q or W % r:
         raise ValueError(
@@ -341,18 +362,26 @@ class KVCache(Protocol):
     """The past of a stream in all layers; chapter 05 writes the classes.
 
     A block of a stream is made by `begin_block`, any number of calls of the network, one of them
-    with write=True on finished latents, and `commit`. A cache may also have a method
-    `check_call(batch, frames, grid)`, which the network calls before any work.
+    with write=True on finished latents, and `commit`; `commit(0)` forgets a block that failed. A
+    cache may also have a method `check_call(batch, frames, grid)`, which the network calls before
+    any work.
     """
 
     def begin_block(self, frames: int) -> None:
         """Open a block of so many `frames`: all calls until `commit` are calls on this block."""
 
     def commit(self, frames: int | None = None) -> None:
-        """Make the first `frames` frames of the open block (None: all) the past, forget others."""
+        """Make the first `frames` frames of the open block (None: all) the past, forget others.
+
+        With 0 the past stays as it was, also if there was no call with write=True.
+        """
 
     def layers(self) -> Sequence[LayerCache]:
-        """Return one cache a layer, for one call on the open block."""
+        """Return one cache a layer, for one call on the open block.
+
+        They are a snapshot: a backward pass may call their `attend` again after `commit` and later
+        blocks, and must find the past of this call.
+        """
 
     def reset(self) -> None:
         """Forget everything, so that another stream can begin."""

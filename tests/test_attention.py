@@ -100,11 +100,9 @@ def test_tables_follow_the_rule(sizes, window, sink):
     block = [b for b, n in enumerate(sizes) for _ in range(n)]
     end = [sum(sizes[: b + 1]) for b in block]
     sees = lambda i, j: j < end[i] and (window is None or j < sink or j >= end[i] - (window - sink))
-    F, table, forced = (
-        len(block),
-        visibility(sizes, window, sink),
-        teacher_forcing(sizes, window, sink),
-    )
+    F = len(block)
+    table = visibility(sizes, window, sink)
+    forced = teacher_forcing(sizes, window, sink)
     for i in range(F):
         for j in range(F):
             assert table[i, j] == sees(i, j)

@@ -12,7 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 
-from streamr1_ref.cache import CacheConfig, make_cache
+from streamr1_ref.cache import CacheConfig, SlideWindow, WindowKVCache, make_cache
 from streamr1_ref.transformer import Attention, Block, WanConfig, WanTransformer
 
 SMALL = WanConfig(
@@ -60,10 +60,9 @@ def test_published_layer(golden, name, change):
     ours, theirs, cache, (k, v) = published_layer(golden, name, **change)
     errors = [relative_error(a, b) for a, b in zip(ours, theirs)]
     assert len(errors) >= 10 and max(errors) < 1e-5, errors
-    assert (
-        relative_error(cache.store[0, 0, :, : cache.length].flatten(1, 2), k) < 1e-6
-    )  # un-rotated keys, sink first
-    assert relative_error(cache.store[1, 0, :, : cache.length].flatten(1, 2), v) < 1e-6
+    # un-rotated keys, sink first
+    stored_k, stored_v = cache.store[:, 0, :, : cache.length].flatten(2, 3)
+    assert relative_error(stored_k, k) < 1e-6 and relative_error(stored_v, v) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -131,19 +130,16 @@ def test_the_ema_sink_takes_up_each_leaving_frame_once(blocks, sink, alpha):
     assume(sink + max(blocks) <= 8)
     cache, total = run(CacheConfig(8, sink, "ema", alpha), blocks), sum(blocks)
     expected = list(map(float, range(min(sink, total))))
-    for j in range(
-        sink, max(sink, total - (8 - sink))
-    ):  # frames behind the sink that are no longer in the window
+    # frames behind the sink that are no longer in the window
+    for j in range(sink, max(sink, total - (8 - sink))):
         expected[j % sink] = alpha * expected[j % sink] + (1 - alpha) * j
     assert frames_in(cache)[:sink] == pytest.approx(expected[:total], abs=1e-4)
 
 
 def test_without_eviction_the_sink_stays_and_attention_sees_the_same_window():
     """Erratum 1: equal to a static sink to the last bit, because nothing leaves."""
-    frozen, static = (
-        run(CacheConfig(alpha=0.5), [3] * 7, evict=False, frames=21),
-        run(CacheConfig(sink="static"), [3] * 7),
-    )
+    frozen = run(CacheConfig(alpha=0.5), [3] * 7, evict=False, frames=21)
+    static = run(CacheConfig(sink="static"), [3] * 7)
     assert frames_in(frozen) == list(map(float, range(21)))
     assert torch.equal(frozen.view, static.view)
     moving = run(CacheConfig(alpha=0.5), [3] * 7)
@@ -180,9 +176,8 @@ def test_memory_is_allocated_once():
     buffers = lambda: (cache.store, cache.view, cache.eviction.ema)
     places = lambda: [(t.data_ptr(), t.untyped_storage().nbytes()) for t in buffers()]
     before, size = places(), cache.nbytes
-    assert (
-        size == (9 + 9) * 2 * 2 * 2 * 6 * 48 * 4
-    )  # frames in store and view, K and V, layers, batch, tokens, dim, bytes
+    # frames in store and view, K and V, layers, batch, tokens, dim, bytes
+    assert size == (9 + 9) * 2 * 2 * 2 * 6 * 48 * 4
     for _ in range(1000):
         cache.begin_block(3)
         net(x, t, prompt, cache=cache, write=True)
@@ -214,16 +209,12 @@ def test_gradients_with_activation_checkpointing(evict):
         wrapped, checkpoint_wrapper_fn=checkpoint_wrapper, check_fn=lambda m: isinstance(m, Block)
     )
     generator = torch.Generator().manual_seed(0)
-    x, prompt = (
-        torch.randn(1, 15, 4, 4, 6, generator=generator),
-        torch.randn(1, 5, 16, generator=generator),
-    )
+    x = torch.randn(1, 15, 4, 4, 6, generator=generator)
+    prompt = torch.randn(1, 5, 16, generator=generator)
 
     def gradients(net):
-        cache, loss = (
-            make_cache(SMALL, CacheConfig(alpha=0.5), 1, (2, 3), evict=evict, frames=15),
-            0,
-        )
+        cache = make_cache(SMALL, CacheConfig(alpha=0.5), 1, (2, 3), evict=evict, frames=15)
+        loss = 0
         for block in x.split(3, 1):
             cache.begin_block(3)
             out = net(block, torch.full((1,), 500.0), prompt, cache=cache)
@@ -242,10 +233,8 @@ def test_gradients_with_activation_checkpointing(evict):
 def test_batch_rows_are_independent():
     torch.manual_seed(0)
     net, generator = WanTransformer(SMALL).requires_grad_(False), torch.Generator().manual_seed(0)
-    x, prompt = (
-        torch.randn(3, 15, 4, 4, 6, generator=generator),
-        torch.randn(3, 5, 16, generator=generator),
-    )
+    x = torch.randn(3, 15, 4, 4, 6, generator=generator)
+    prompt = torch.randn(3, 5, 16, generator=generator)
 
     def stream(rows):
         cache, out = make_cache(SMALL, CacheConfig(alpha=0.5), len(rows), (2, 3)), []
@@ -272,6 +261,9 @@ def test_batch_rows_are_independent():
         ({"positions": "absolute"}, "positions: expected one of"),
         ({"sink_dtype": "int8"}, "sink_dtype: expected one of"),
         ({"max_frames": 0}, "max_frames"),
+        ({"window_frames": 0, "sink": "none"}, "window_frames: expected a number of at least 1"),
+        ({"alpha": float("nan")}, "alpha: expected a number"),
+        ({"sink_frames": "3"}, "sink_frames: expected a number"),
     ],
 )
 def test_settings_that_clash_are_refused(change, message):
@@ -280,10 +272,8 @@ def test_settings_that_clash_are_refused(change, message):
 
 
 def test_calls_that_do_not_fit_are_refused():
-    net, cache = (
-        WanTransformer(SMALL).requires_grad_(False),
-        make_cache(SMALL, CacheConfig(), 2, (2, 3)),
-    )
+    net = WanTransformer(SMALL).requires_grad_(False)
+    cache = make_cache(SMALL, CacheConfig(), 2, (2, 3))
     call = lambda B=2, f=3, H=4: net(
         torch.zeros(B, f, 4, H, 6), torch.zeros(B), torch.zeros(B, 5, 16), cache=cache
     )
@@ -333,10 +323,8 @@ def test_a_cache_that_returns_fewer_queries_is_refused():
 
 def test_a_layer_with_another_kernel_uses_it_with_a_cache():
     """The kernel of set_attention must reach the cache, which would else pick one by accident."""
-    net, cache = (
-        WanTransformer(SMALL).requires_grad_(False),
-        make_cache(SMALL, CacheConfig(), 1, (2, 3)),
-    )
+    net = WanTransformer(SMALL).requires_grad_(False)
+    cache = make_cache(SMALL, CacheConfig(), 1, (2, 3))
     used, plain = [], net.blocks[0].self_attn.attend
     for block in net.blocks:
         block.self_attn.attend = lambda q, k, v: (used.append(k.shape[1]), plain(q, k, v))[1]
@@ -359,3 +347,50 @@ def test_committing_a_part_of_a_block_forgets_the_rest(sink, kept):
     window = frames_in(cache)[cfg.num_sink :]
     assert window == list(range(count - len(window), count))
     assert cache.length + cache.evicted_frames == count
+
+
+def test_an_interrupted_opening_leaves_no_block_open(monkeypatch):
+    cache, fill_view = run(CacheConfig(alpha=0.5), [3] * 4), WindowKVCache.fill_view
+    expected = run(CacheConfig(alpha=0.5), [3] * 4)
+    expected.begin_block(3)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(WindowKVCache, "fill_view", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache.begin_block(3)
+    assert cache.open_frames == 0
+    monkeypatch.setattr(WindowKVCache, "fill_view", fill_view)
+    cache.begin_block(3)
+    assert torch.equal(cache.store, expected.store) and torch.equal(cache.view, expected.view)
+
+
+def test_an_interrupted_eviction_is_never_taken_for_a_past(monkeypatch):
+    cache, evict = run(CacheConfig(alpha=0.5), [3] * 4), SlideWindow.evict
+
+    def interrupted(self, *args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SlideWindow, "evict", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache.begin_block(3)
+    monkeypatch.setattr(SlideWindow, "evict", evict)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="an eviction was interrupted.*cache.reset()"):
+            cache.begin_block(3)
+    cache.reset()
+    cache.begin_block(3)
+
+
+def test_settings_make_their_cache_and_say_what_a_stream_shows():
+    made = CacheConfig(alpha=0.5).make(
+        SMALL, 2, (2, 3), torch.device("cpu"), torch.float64, False, 12
+    )
+    assert (made.capacity, made.store.dtype, made.batch) == (12, torch.float64, 2)
+    assert CacheConfig().shown_frames == 9
+    full = CacheConfig(window_frames=None, max_frames=12)
+    assert full.shown_frames == 12
+    CacheConfig().check_clip(1000), full.check_clip(12)
+    with pytest.raises(ValueError, match="max_frames: a cache without a window holds 12 frames"):
+        full.check_clip(13)

@@ -10,6 +10,8 @@ from conftest import relative_error
 from streamr1_ref.cache import CacheConfig, make_cache
 from streamr1_ref.flow import FlowSchedule
 from streamr1_ref.rollout import (
+    SamplerConfig,
+    Stream,
     StreamSampler,
     commit_block,
     denoise_block,
@@ -69,10 +71,8 @@ def test_published_sampler(golden):
 def test_published_sampler_call_by_call(golden):
     tensors, info, net, cfg, renoise = published(golden, "rollout_inference")
     schedule, prompt = FlowSchedule(info["shift"]), tensors["prompt_embeds"]
-    timesteps, cache = (
-        schedule.warp(info["step_list"]).tolist(),
-        make_cache(net.cfg, cfg, 1, (2, 3)),
-    )
+    timesteps = schedule.warp(info["step_list"]).tolist()
+    cache = make_cache(net.cfg, cfg, 1, (2, 3))
     errors = []
     for b, x in enumerate(tensors["noise"].split(3, 1)):
         cache.begin_block(3)
@@ -136,9 +136,8 @@ def test_published_training_differs_from_inference_from_the_fourth_block_on(gold
         for c, e in ((cache, False), (CacheConfig(sink="static"), True), (cache, True))
     )
     assert relative_error(frozen, static) < 1e-6
-    assert (
-        relative_error(moving, tensors["latents"]) < 1e-4
-    )  # with evict=True the training rollout is the sampler
+    # with evict=True the training rollout is the sampler
+    assert relative_error(moving, tensors["latents"]) < 1e-4
     gap = [relative_error(a, b) for a, b in zip(frozen.split(3, 1), tensors["latents"].split(3, 1))]
     assert max(gap[:3]) < 1e-6 and all(1e-5 < g < 1e-3 for g in gap[3:]), gap
 
@@ -170,11 +169,9 @@ def test_any_frame_count_and_block_size(cache, frames, per_block):
         frames_per_block=per_block,
         cache=cache,
     )
-    noise, prompt, first = (
-        randn(2, frames, 4, 4, 6),
-        randn(2, 5, 16),
-        frames % per_block + per_block,
-    )
+    noise = randn(2, frames, 4, 4, 6)
+    prompt = randn(2, 5, 16)
+    first = frames % per_block + per_block
     make = lambda: sampler.sample(noise, prompt, generator=torch.Generator().manual_seed(0))
     if cache.window_frames and first > cache.window_frames - cache.num_sink:
         message = (
@@ -188,11 +185,9 @@ def test_any_frame_count_and_block_size(cache, frames, per_block):
 
 
 def test_clips_of_a_batch_do_not_mix():
-    net, noise, prompt = (
-        small_net().requires_grad_(False),
-        randn(2, 12, 4, 4, 6),
-        randn(2, 5, 16, seed=1),
-    )
+    net = small_net().requires_grad_(False)
+    noise = randn(2, 12, 4, 4, 6)
+    prompt = randn(2, 5, 16, seed=1)
     renoise = [[randn(2, 3, 4, 4, 6, seed=10 * b + s) for s in range(3)] for b in range(4)]
     both = StreamSampler(net).sample(noise, prompt, renoise)
     for i in range(2):
@@ -287,10 +282,8 @@ def test_bfloat16_network_with_float32_latents():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_gpu_streams_the_same_video():
     net, prompt = small_net().requires_grad_(False), randn(1, 5, 16)
-    noise, renoise = (
-        randn(1, 12, 4, 4, 6),
-        [[randn(1, 3, 4, 4, 6, seed=10 * b + s) for s in range(3)] for b in range(4)],
-    )
+    noise = randn(1, 12, 4, 4, 6)
+    renoise = [[randn(1, 3, 4, 4, 6, seed=10 * b + s) for s in range(3)] for b in range(4)]
     reference = StreamSampler(net).sample(noise, prompt, renoise)
     ours = StreamSampler(net.cuda()).sample(noise.cuda(), prompt.cuda(), renoise)
     assert relative_error(ours.cpu(), reference) < 1e-3
@@ -298,9 +291,10 @@ def test_the_gpu_streams_the_same_video():
 
 def test_a_training_rollout_keeps_no_copy_of_the_past(monkeypatch):
     """The backward pass reads the store (copies took 8.84 GiB at 1.3B, 832 x 480)."""
+    # meta has no values
     monkeypatch.setattr(
         FlowSchedule, "sigma", lambda self, t: torch.full(t.shape, 0.5, device=t.device)
-    )  # meta has no values
+    )
     frame = 2 * 30 * 52 * 1536 * 2  # bytes of a frame's keys and values in a layer, bfloat16
     per_layer = (kept_by_a_rollout(3) - kept_by_a_rollout(2)) / frame
     # the store holds 21 frames, and what enters a checkpointed layer is worth half as much;
@@ -333,3 +327,121 @@ def meta_storages():
         if type(o) in (torch.Tensor, torch.nn.Parameter) and o.device.type == "meta"
     ]
     return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+
+
+class Interrupted(torch.nn.Module):
+    """A network that raises `error` at its call number `at`, once, after it has done its work."""
+
+    def __init__(self, net, at, error=RuntimeError("out of memory")):
+        super().__init__()
+        self.cfg, self.net, self.at, self.error, self.calls = net.cfg, net, at, error, 0
+
+    def forward(self, *args, **kwargs):
+        out, self.calls = self.net(*args, **kwargs), self.calls + 1
+        if self.calls == self.at:
+            raise self.error
+        return out
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+@pytest.mark.parametrize("at", [1, 8, 10, 23, 25], ids="block {}".format)
+def test_a_stream_goes_on_after_an_exception_as_if_there_had_been_none(at, error):
+    """Blocks have five calls, the fifth writes; from the fourth block on, frames are evicted."""
+    net, prompt = small_net().requires_grad_(False), randn(1, 5, 16)
+    config = SamplerConfig(cache=CacheConfig(alpha=0.5), context_noise=20.0)
+    whole = StreamSampler(net, config=config).stream(prompt, torch.Generator().manual_seed(3))
+    fails = StreamSampler(Interrupted(net, at, error), config=config)
+    stream = fails.stream(prompt, torch.Generator().manual_seed(3))
+    for block in range(8):
+        if block == (at - 1) // 5:
+            with pytest.raises(type(error)):
+                next(stream)
+            assert stream.cache.open_frames == 0
+        assert torch.equal(next(stream), next(whole))
+    assert torch.equal(stream.cache.store, whole.cache.store)
+
+
+def test_a_refused_block_is_refused_again_and_does_not_end_the_stream():
+    bounded = CacheConfig(window_frames=None, max_frames=6)
+    sampler = StreamSampler(small_net().requires_grad_(False), steps=(1000,), cache=bounded)
+    stream = sampler.stream(randn(1, 5, 16), torch.Generator().manual_seed(0))
+    next(stream), next(stream)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="max_frames: this cache holds 6 frames"):
+            next(stream)
+
+
+def test_a_stream_whose_noise_fails_says_so_at_every_call():
+    class Draws:
+        count = 0
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            self.count += 1
+            if self.count == 2:
+                raise RuntimeError("out of memory")
+            return randn(1, 3, 4, 4, 6)
+
+    sampler = StreamSampler(small_net().requires_grad_(False), steps=(1000,))
+    stream = Stream(sampler, randn(1, 5, 16), Draws(), (4, 6))
+    next(stream)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(stream)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="noise: .* make a new stream"):
+            next(stream)
+
+
+def test_a_switch_of_the_prompt_that_fails_is_made_up_for():
+    net, prompts = small_net().requires_grad_(False), randn(2, 5, 16).split(1)
+    config = SamplerConfig((1000,), context_noise=20.0)  # two calls a block
+    streams = [
+        StreamSampler(n, config=config).stream(prompts[0], torch.Generator().manual_seed(3))
+        for n in (net, Interrupted(net, at=8))
+    ]
+    for stream in streams:
+        _ = [next(stream) for _ in range(3)]
+    streams[0].switch_prompt(prompts[1])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        streams[1].switch_prompt(prompts[1])
+    assert torch.equal(*(next(stream) for stream in streams))
+
+
+def test_a_finished_stream_stays_finished():
+    stream = StreamSampler(small_net().requires_grad_(False)).stream(
+        randn(1, 5, 16), torch.Generator().manual_seed(0), num_blocks=2
+    )
+    assert len(list(stream)) == 2 and list(stream) == []
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"denoising_steps": (1000, 500.0)}, "denoising_steps: expected falling whole numbers"),
+        ({"denoising_steps": (True,)}, "denoising_steps: expected falling whole numbers"),
+        ({"denoising_steps": ()}, "denoising_steps: expected falling whole numbers"),
+        ({"denoising_steps": (500, 750)}, "denoising_steps: expected falling whole numbers"),
+        ({"frames_per_block": 0}, "frames_per_block: expected a number of at least 1, got 0"),
+        ({"frames_per_block": None}, "frames_per_block: expected a whole number"),
+        ({"frames_per_block": 7}, r"window_frames: expected .* = 3 \+ 7, got 9"),
+        ({"context_noise": 1001}, "context_noise: expected a number .* at most 1000, got 1001"),
+        ({"context_noise": float("nan")}, "context_noise: expected a number"),
+        ({"context_lookup": "closest"}, "context_lookup: expected one of"),
+    ],
+)
+def test_settings_that_clash_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        SamplerConfig(**change)
+
+
+def test_settings_that_make_no_cache_are_refused():
+    with pytest.raises(TypeError, match="cache: expected settings with make and check_block"):
+        SamplerConfig(cache="ema")
+
+
+def test_an_unknown_lookup_of_noise_is_refused():
+    net, x = small_net().requires_grad_(False), randn(1, 3, 4, 4, 6)
+    with pytest.raises(ValueError, match="context_lookup: expected 'exact' or 'nearest', got 'a'"):
+        commit_block(net, x, randn(1, 5, 16), None, FlowSchedule(), context_lookup="a")

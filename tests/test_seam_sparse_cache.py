@@ -1,80 +1,80 @@
 """A query-dependent sparse cache in one file: blocks attend to the past frames that score best."""
 
+from dataclasses import dataclass
+
 import torch
 from conftest import relative_error
 
-from streamr1_ref.cache import CacheConfig, make_cache
-from streamr1_ref.rollout import CurrentPrompt, SamplerConfig, generate_blocks, plan_blocks
+from streamr1_ref.cache import CacheConfig, CacheSettings
+from streamr1_ref.rollout import SamplerConfig, StreamSampler, self_forcing_rollout
 from streamr1_ref.tiny.student import load_student
-from streamr1_ref.transformer import attend, rotary_table, rotate
+from streamr1_ref.transformer import KVCache, attend, rotary_table, rotate
+
+
+def choose(q, keys, top):
+    """Numbers [B,k] of the frames of `keys` whose mean fits the mean query best, in order."""
+    score = torch.einsum("bhd,bfhd->bf", q.mean(1), keys.mean(2))
+    return score.topk(min(top, score.shape[1])).indices.sort().values
 
 
 class SparseLayer:
-    """All past keys and values of a layer, [B,F,tokens,heads,d]; shows the `top` best frames."""
-
-    def __init__(self, top, grid):
-        self.top, self.grid, self.past = top, grid, None
-
-    def choose(self, q):
-        """Numbers [B,k] of the past frames whose mean key fits the mean query best, in order."""
-        score = torch.einsum("bhd,bfhd->bf", q.mean(1), self.past[0].mean(2))
-        return score.topk(min(self.top, score.shape[1])).indices.sort().values
+    def __init__(self, cache, i):
+        self.cache, self.i, self.past = cache, i, cache.past.get(i)  # of the time of the call
 
     def attend(self, q, k, v, *, write, kernel=attend):
-        tokens = self.grid[0] * self.grid[1]
-        self.new = [y.unflatten(1, (-1, tokens)) for y in (k, v)] if write else None
-        keys, values = k, v
+        grid, kv = self.cache.grid, torch.stack([k, v])
+        if write:
+            self.cache.new[self.i] = kv.unflatten(2, (-1, grid[0] * grid[1]))
         if self.past is not None:
-            rows, chosen = torch.arange(len(q))[:, None], self.choose(q)
-            seen = [y[rows, chosen].flatten(1, 2) for y in self.past]
-            keys, values = torch.cat([seen[0], k], 1), torch.cat([seen[1], v], 1)
-        table = rotary_table(torch.arange(keys.shape[1] // tokens), *self.grid, q.shape[-1])
-        return kernel(rotate(q, table[:, -q.shape[1] :]), rotate(keys, table), values)
-
-    def commit(self, frames):
-        old = self.past or [y[:, :0] for y in self.new]
-        self.past = [torch.cat([a, b[:, :frames]], 1) for a, b in zip(old, self.new)]
+            rows, chosen = torch.arange(len(q))[:, None], choose(q, self.past[0], self.cache.top)
+            k, v = torch.cat([self.past[:, rows, chosen].flatten(2, 3), kv], 2)
+        table = rotary_table(torch.arange(k.shape[1] // (grid[0] * grid[1])), *grid, q.shape[-1])
+        return kernel(rotate(q, table[:, -q.shape[1] :]), rotate(k, table), v)
 
 
-class SparseCache:
-    def __init__(self, cfg, top, grid):
-        self.all_layers = [SparseLayer(top, grid) for _ in range(cfg.num_layers)]
-
-    def reset(self):
-        for layer in self.all_layers:
-            layer.past = None
-
-    def begin_block(self, frames):
-        self.frames = frames
+class SparseCache(KVCache):
+    def __init__(self, top, num_layers, grid):
+        self.top, self.num_layers, self.grid = top, num_layers, grid
+        self.past, self.new = {}, {}  # keys and values [2,B,F,tokens,heads,d] by layer
 
     def layers(self):
-        return self.all_layers
+        return [SparseLayer(self, i) for i in range(self.num_layers)]
 
     def commit(self, frames=None):
-        for layer in self.all_layers:
-            layer.commit(self.frames if frames is None else frames)
-
-    def on_event(self, event): ...
-
-
-@torch.no_grad()
-def stream(cache_of, blocks=4):
-    student, generator = load_student(), torch.Generator().manual_seed(0)
-    net, prompt = student.model.transformer, student.model.text(["a red 3 moving left"] * 2)
-    plans = plan_blocks(torch.randn(blocks, 2, 3, 16, 8, 8, generator=generator), generator)
-    run = (net, student.schedule, SamplerConfig(), cache_of(net.cfg), plans)
-    return torch.cat(list(generate_blocks(*run, CurrentPrompt(prompt))), 1)
+        for i, new in self.new.items():
+            self.past[i] = torch.cat([self.past.get(i, new[:, :, :0]), new[:, :, :frames]], 2)
+        self.new = {}
 
 
-def test_a_sparse_cache_that_chooses_all_frames_is_the_full_one():
-    full = stream(lambda cfg: make_cache(cfg, CacheConfig(window_frames=None), 2, (4, 4)))
-    every, sparse = (stream(lambda cfg: SparseCache(cfg, top, (4, 4))) for top in (100, 3))
-    assert relative_error(every, full) < 1e-5 > relative_error(sparse[:, :6], full[:, :6])
-    assert relative_error(sparse[:, 6:], full[:, 6:]) > 1e-2  # six frames of the past, three shown
+@dataclass(frozen=True)
+class SparseConfig(CacheSettings):
+    top: int = 3  # frames of the past that a block sees
+
+    def make(self, net, batch, grid, device, dtype, evict=True, frames=None):
+        return SparseCache(self.top, net.num_layers, grid)
+
+
+STUDENT, EMBEDS = load_student(), load_student().model.text(["a red 3 moving left"] * 2).detach()
+NET = STUDENT.model.transformer.requires_grad_()
+NOISE = torch.randn(2, 12, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def clip(cache):
+    sampler = StreamSampler(NET, STUDENT.schedule, config=SamplerConfig(cache=cache))
+    return sampler.sample(NOISE, EMBEDS, generator=torch.Generator().manual_seed(0)).split(6, 1)
 
 
 def test_the_queries_decide_which_frames_are_seen():
-    layer, keys = SparseLayer(1, (1, 1)), torch.eye(4)[None, :, None]
-    layer.attend(keys, keys, keys, write=True)
-    layer.commit(4)
-    assert [layer.choose(keys[:, i : i + 1]).item() for i in range(4)] == [0, 1, 2, 3]
+    q = torch.eye(4)[None, :, None]  # as queries of four tokens and as keys of four frames
+    assert [choose(q[:, i : i + 1], q[:, :, None], 1).item() for i in range(4)] == [0, 1, 2, 3]
+    sparse, every, full = map(clip, (SparseConfig(), SparseConfig(99), CacheConfig(None)))
+    assert max(map(relative_error, every + sparse[:1], full + full[:1])) < 1e-5
+    assert relative_error(sparse[1], full[1]) > 1e-2  # three of six frames are shown
+
+
+def test_a_rollout_trains_and_recomputing_layers_changes_no_gradient(grads=()):
+    for NET.checkpointing in (True, False):
+        run = {"cache": SparseConfig(), "generator": torch.Generator().manual_seed(0)}
+        made = self_forcing_rollout(NET, NOISE, EMBEDS, STUDENT.schedule, **run).latents
+        grads = *grads, torch.autograd.grad(made.square().sum(), list(NET.parameters()))
+    assert all(map(torch.equal, *grads)) and grads[0][0].abs().max() > 0

@@ -247,3 +247,23 @@ def test_gpu_agrees_with_cpu(generator):
     net, (x, t, p) = build(SMALL), inputs(SMALL, generator)
     on_gpu = build(SMALL).cuda()(x.cuda(), t.cuda(), p.cuda()).cpu()
     assert relative_error(on_gpu, net(x, t, p)) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_heads": 0}, "num_heads: expected a number of at least 1, got 0"),
+        ({"num_layers": 0}, "num_layers: expected a number of at least 1, got 0"),
+        ({"ffn_dim": -4}, "ffn_dim: expected a number of at least 1"),
+        ({"text_len": 0}, "text_len: expected a number of at least 1"),
+        ({"eps": -1.0}, "eps: expected a number of at least 0"),
+        ({"patch_size": (2, 2)}, r"patch_size: expected three numbers, got \(2, 2\)"),
+        ({"patch_size": (1, 0, 2)}, "patch_size: expected a number of at least 1"),
+        ({"latent_size": (8, 7)}, r"latent_size: expected .* multiples of \(2, 2\), got \(8, 7\)"),
+        ({"dim": 130}, "dim, num_heads: expected dim / num_heads to be even"),
+        ({"freq_dim": 7}, "freq_dim: expected an even number"),
+    ],
+)
+def test_sizes_that_clash_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        WanConfig(**change)

@@ -359,7 +359,7 @@ def caches_noted() -> Iterator[list]:
         noted.extend((storage.nbytes(), weakref.ref(storage)) for storage in storages)
         return cache
 
-    with mock.patch.object(rollout, "make_cache", made):
+    with mock.patch("streamr1_ref.cache.make_cache", made):
         yield noted
 
 
