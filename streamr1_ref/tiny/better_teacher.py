@@ -370,7 +370,7 @@ def go_on_from_weights(trainer: Trainer, path: str | Path) -> None:
     weights = dict(model.named_parameters())
     for name, value in trainer.ema["model"].items():
         value.copy_(weights[name].detach())
-    trainer.step_count = int(metadata["step"])
+    trainer.start_at(int(metadata["step"]))
 
 # %% ../../nbs/tiny/03d_better_teacher.ipynb #52aeb739
 def train_next(
