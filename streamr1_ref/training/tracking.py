@@ -122,7 +122,7 @@ class Trackio:
         """End the run."""
         self.package.finish()
 
-
+# %% ../../nbs/training/tracking.ipynb #a63cbcba
 TrackerName = Literal["tensorboard", "trackio"]
 TRACKERS = {"tensorboard": TensorBoard, "trackio": Trackio}
 
