@@ -14,7 +14,14 @@ import torch
 
 from .attention import block_sizes
 from .balance import AdaptiveBalance
-from .dmd import critic_loss, dmd_gradient, predictions, score_timesteps, surrogate_loss
+from streamr1_ref.dmd import (
+    critic_loss,
+    dmd_gradient,
+    predictions,
+    published_guidance,
+    score_timesteps,
+    surrogate_loss,
+)
 from .flow import FlowSchedule
 from .ports import LatentCodec, RewardModel, TextEncoder
 from .reliability import effective_sample_size, rollout_weight
@@ -30,7 +37,7 @@ from streamr1_ref.saliency import (
 from .training.health import health_warnings
 from .training.method import BaseMethod, OptimizerConfig, Record, mean_row
 from .transformer import WanTransformer
-from .utils.checks import check_choices, check_tensor
+from .utils.checks import check_choices, check_numbers, check_tensor
 from .utils.runtime import seeded
 from .utils.video import film_strip
 
@@ -79,7 +86,10 @@ def stream_r1_loss(
 # %% ../nbs/12_stream_r1.ipynb #126bdf39
 @dataclass(frozen=True)
 class WeightingConfig:
-    """Which parts of Stream-R1 are on; the defaults are all of it, with the published numbers."""
+    """Which parts of Stream-R1 are on; the defaults are all of it, with the published numbers.
+
+    ValueError for impossible settings.
+    """
 
     axes: tuple[str, ...] = AXES  # whose mean is the reward of a rollout
     beta: float = 2.0  # inter-reliability: exp(beta reward); 0 is off
@@ -98,6 +108,15 @@ class WeightingConfig:
 
     def __post_init__(self):
         check_choices(self)
+        axes = self.axes
+        if not (isinstance(axes, tuple) and axes and all(isinstance(a, str) for a in axes)):
+            raise ValueError(f"axes: expected a tuple of at least one name, got {axes!r}")
+        check_numbers(self, beta=(None, None), spatial_floor=(0, 1), temporal_floor=(0, 1))
+        check_numbers(self, balance=(0, None), balance_window=(2, None), balance_warmup=(2, None))
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: expected a number above 0, got {self.temperature}")
+        if self.cap is not None and not self.cap > 0:
+            raise ValueError(f"cap: expected a number above 0 or None, got {self.cap}")
 
     @property
     def needs_saliency(self) -> bool:
@@ -146,15 +165,17 @@ def saliency_maps(
     `kind` "pixels" takes the gradient at the pixels and collects what belongs to each latent.
     "patches" takes it at the reward model's patches, for a `PatchRewardModel`, and interpolates
     trilinearly. "published" does the same and leaves the patches in the order in which the
-    published code reads them, which scrambles the map (errata 19). TypeError for a model that does
-    not show its patches.
+    published code reads them, which scrambles the map (errata 19). ValueError for another `kind`,
+    and for a model that does not show its patches.
     """
     if kind == "pixels":
         rewards, maps = pixel_saliency(model, pixels, prompts)
         pooled = {a: pool_to_latent(m, latent_size, causal=True) for a, m in maps.items()}
         return rewards, pooled
+    if kind not in ("patches", "published"):
+        raise ValueError(f"kind: expected one of pixels, patches, published, got {kind}")
     if not hasattr(model, "score_patches"):
-        raise TypeError(
+        raise ValueError(
             f"saliency: expected a reward model with to_patches and score_patches for {kind!r}, "
             f"got {type(model).__name__}; take saliency='pixels'"
         )
@@ -234,13 +255,35 @@ class DistillationConfig:
     guidance_scale: float = 4.0  # w of the teacher: uncond + w (cond - uncond); 1 is none
     negative_prompt: str = ""  # what uncond is conditioned on; Wan2.1's presets have a long one
     score_shift: float | None = None  # of the schedule that turns scores into x0; None: its own
+    min_normaliser: float = 1e-5  # smallest divisor of a clip's gradient; 0: none, as published
     seed: int = 0  # from which all draws follow
 
     def __post_init__(self):
         if not isinstance(self.negative_prompt, str):
             got = type(self.negative_prompt).__name__
             raise TypeError(f"negative_prompt: expected a string, got {got}")
-        if self.score_shift is not None and not self.score_shift > 0:
+        check_numbers(
+            self,
+            micro_batch_size=(1, None),
+            micro_batches=(1, None),
+            exit_group=(1, None),
+            frames=(1, None),
+            critic_steps=(0, None),
+            student_lr=(0, None),
+            critic_lr=(0, None),
+            weight_decay=(0, None),
+            guidance_scale=(None, None),
+            min_normaliser=(0, None),
+        )
+        if self.frames < (block := self.sampler.frames_per_block):
+            raise ValueError(
+                f"frames: expected at least frames_per_block={block}, got {self.frames}"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: expected numbers from 0 to below 1, got {self.betas}")
+        if not self.clip_norm > 0:
+            raise ValueError(f"clip_norm: expected a number above 0, got {self.clip_norm}")
+        if self.score_shift is not None and not 0 < self.score_shift < math.inf:
             raise ValueError(
                 f"score_shift: expected a number above 0 or None, got {self.score_shift}"
             )
@@ -248,7 +291,7 @@ class DistillationConfig:
     @property
     def guidance(self) -> float:
         """Guidance in the form of the DMD papers' code: cond + guidance (cond - uncond)."""
-        return self.guidance_scale - 1.0
+        return published_guidance(self.guidance_scale)
 
 # %% ../nbs/12_stream_r1.ipynb #09888a14
 def shuffled(i: int, n: int, seed: int) -> int:
@@ -348,7 +391,7 @@ def student_step_loss(
         m.teacher, m.critic, x, clips.noise, t, clips.embeds, negative_embeds, m.schedule, scores
     )
     judged = None if m.reward is None else judge_rollouts(m.reward, m.codec, x, clips.prompts, w)
-    gradient = dmd_gradient(x, **p, guidance=cfg.guidance)
+    gradient = dmd_gradient(x, **p, guidance=cfg.guidance, min_normaliser=cfg.min_normaliser)
     if not (finite := gradient.isfinite().flatten(1).all(1)).all():
         clip = (~finite).nonzero()[0].item()
         raise FloatingPointError(
@@ -368,8 +411,8 @@ class DistillationMethod(BaseMethod):
 
     It trains `models` on `prompts`, with the weights of `weighting` and the settings `cfg`.
     `fused`: AdamW in one kernel and without temporaries, by default on GPUs. The negative prompt is
-    embedded once, here. ValueError if the weighting needs a reward model and `models` has none,
-    TypeError if it needs one that shows its patches.
+    embedded once, here. ValueError if there are no prompts, or if the reward model in `models` is
+    missing, lacks axes, or does not show its patches where the weighting needs it.
     """
 
     ema_roles: tuple[str, ...] = ("student",)
@@ -383,15 +426,28 @@ class DistillationMethod(BaseMethod):
         cfg: DistillationConfig = DistillationConfig(),
         fused: bool | None = None,
     ):
+        if not len(prompts):
+            raise ValueError("prompts: expected at least one, got none")
         if weighting.needs_reward and models.reward is None:
             raise ValueError(
                 "models: expected a reward model for this weighting, got None; plain DMD needs none"
             )
         patches = weighting.needs_saliency and weighting.saliency != "pixels"
         if patches and not hasattr(models.reward, "score_patches"):
-            raise TypeError(
+            raise ValueError(
                 "saliency: expected a reward model that shows its patches for "
                 f"{weighting.saliency!r}, got {type(models.reward).__name__}"
+            )
+        axes = models.reward.axes if models.reward is not None else weighting.axes
+        if unknown := [axis for axis in weighting.axes if axis not in axes]:
+            known, kind = ", ".join(axes), type(models.reward).__name__
+            raise ValueError(
+                f"axes: expected some of {known}, those of {kind}, got {', '.join(unknown)}"
+            )
+        if weighting.balanced and len(axes) < 2:
+            raise ValueError(
+                f"balance: expected a reward model of two axes or more, got {', '.join(axes)}; "
+                "balance=0 is off"
             )
         self.models, self.prompts, self.weighting, self.cfg = models, prompts, weighting, cfg
         self.roles = {"student": models.student, "critic": models.critic}

@@ -21,6 +21,7 @@ from streamr1_ref.utils.files import (
     load_tensors,
     read_config,
     save_tensors,
+    writable_folder,
     write_config,
 )
 from streamr1_ref.utils.runtime import progress
@@ -149,3 +150,11 @@ def test_settings_files_are_whole_and_keep_tuples(tmp_path):
         write_config(path, {"net": object()})
     assert read_config(path)["steps"] == (4, 2)
     assert [p.name for p in path.parent.iterdir()] == ["config.json"]
+
+
+def test_processes_try_a_folder_without_touching_each_others_files(tmp_path):
+    """All wrote and deleted one file; a process then failed to delete what another had deleted."""
+    (tmp_path / ".write-test").write_text("another process is trying this folder")
+    assert writable_folder(tmp_path) == tmp_path
+    assert [path.name for path in tmp_path.iterdir()] == [".write-test"]
+    assert (tmp_path / ".write-test").read_text() == "another process is trying this folder"

@@ -9,7 +9,14 @@ from conftest import relative_error
 
 import streamr1_ref.training.trainer as training
 from streamr1_ref.balance import AdaptiveBalance
-from streamr1_ref.objective import METHODS, DistillationConfig, DistillationMethod, stream_r1_loss
+from streamr1_ref.objective import (
+    METHODS,
+    DistillationConfig,
+    DistillationMethod,
+    WeightingConfig,
+    saliency_maps,
+    stream_r1_loss,
+)
 from streamr1_ref.rollout import SamplerConfig
 from streamr1_ref.tiny.models import tiny_models
 from streamr1_ref.tiny.world import caption_split
@@ -191,10 +198,11 @@ def test_the_balance_window_moves_only_when_a_step_succeeded(monkeypatch):
         DistillationConfig(micro_batch_size=2, critic_steps=1),
     )
     trainer, whole = Trainer(run), training.clip_gradient
+    critic = next(run.models.critic.parameters())
     monkeypatch.setattr(
         training,
         "clip_gradient",
-        lambda net, *rest: whole(net, *rest) if net is run.models.critic else math.nan,
+        lambda parameters, *rest: whole(parameters, *rest) if parameters[0] is critic else math.nan,
     )
     assert "skipped" in trainer.step() and run.balance.count == 0 and not run.balance.history
     monkeypatch.setattr(training, "clip_gradient", whole)
@@ -244,3 +252,72 @@ def test_context_noise_as_published_changes_the_rollout_and_the_default_does_not
     a, b = (run.roll_out(0).latents for run in (plain, noisy))
     first = slice(0, 3)
     assert torch.equal(a[:, first], b[:, first]) and 0 < (a - b).norm() / a.norm() < 0.2
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "settings, name, wrong",
+    [
+        *[(DistillationConfig, name, 0) for name in ("micro_batch_size", "micro_batches")],
+        *[(DistillationConfig, name, 0) for name in ("exit_group", "frames", "clip_norm")],
+        (DistillationConfig, "frames", 2),  # less than a block
+        *[(DistillationConfig, name, -1) for name in ("critic_steps", "student_lr", "critic_lr")],
+        *[(DistillationConfig, name, NAN) for name in ("student_lr", "clip_norm")],
+        *[(DistillationConfig, "weight_decay", -0.1), (DistillationConfig, "betas", (0.0, 1.0))],
+        *[(DistillationConfig, "betas", (-0.1, 0.9)), (DistillationConfig, "betas", (NAN, 0.9))],
+        *[(DistillationConfig, "guidance_scale", INF), (DistillationConfig, "score_shift", INF)],
+        *[(DistillationConfig, "min_normaliser", -1.0)],
+        *[(WeightingConfig, "temperature", 0.0), (WeightingConfig, "temperature", NAN)],
+        *[(WeightingConfig, "spatial_floor", 1.5), (WeightingConfig, "temporal_floor", -0.1)],
+        *[(WeightingConfig, "cap", 0.0), (WeightingConfig, "cap", NAN)],
+        *[(WeightingConfig, "balance", -0.5), (WeightingConfig, "balance", NAN)],
+        *[(WeightingConfig, "balance_window", 1), (WeightingConfig, "balance_warmup", 1)],
+        *[(WeightingConfig, "beta", INF), (WeightingConfig, "beta", NAN)],
+        *[(WeightingConfig, "axes", ()), (WeightingConfig, "axes", "MQ")],
+        *[(WeightingConfig, "axes", (1,))],
+    ],
+)
+def test_settings_that_cannot_work_are_refused_when_they_are_made(settings, name, wrong):
+    with pytest.raises(ValueError, match=f"^{name}: expected "):
+        settings(**{name: wrong})
+
+
+def test_axes_that_the_reward_model_lacks_are_refused_before_a_step():
+    wrong = WeightingConfig(axes=("MQ", "XY"), balance=0)
+    with pytest.raises(ValueError, match="axes: expected some of VQ, MQ, TA, .* got XY"):
+        DistillationMethod(tiny_models(), PROMPTS, wrong)
+
+
+def test_a_balance_of_one_axis_is_refused_before_a_step():
+    models = tiny_models()
+    models.reward.axes = ("MQ",)
+    with pytest.raises(ValueError, match="balance: expected a reward model of two axes or more"):
+        DistillationMethod(models, PROMPTS, WeightingConfig(axes=("MQ",)))
+
+
+def test_a_distillation_without_prompts_is_refused():
+    with pytest.raises(ValueError, match="prompts: expected at least one"):
+        DistillationMethod(tiny_models(), [])
+
+
+def test_a_patch_saliency_without_patches_is_a_mistake_in_the_settings():
+    models, wrong = tiny_models(), WeightingConfig(saliency="patches")
+    with pytest.raises(
+        ValueError, match="saliency: expected a reward model that shows its patches"
+    ):
+        DistillationMethod(models, PROMPTS, wrong)
+    clip = torch.rand(1, 5, 3, 64, 64)
+    with pytest.raises(ValueError, match="kind: expected one of pixels, patches, published, got x"):
+        saliency_maps(models.reward, clip, ["a"], (2, 8, 8), "x")
+
+
+def test_the_smallest_normaliser_is_a_setting():
+    """A large one divides the gradient of every clip, so the loss falls by its square."""
+    losses = []
+    for least in (1e3, 2e3):
+        cfg = DistillationConfig(micro_batch_size=1, frames=3, min_normaliser=least)
+        run = DistillationMethod(tiny_models(), PROMPTS, METHODS["DMD"], cfg)
+        losses.append(run.loss("student", 0)[0].item())
+    assert losses[0] == pytest.approx(4 * losses[1], rel=1e-4)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from streamr1_ref.tiny.better_teacher import ScoreConfig, ScoreMethod
+from streamr1_ref.tiny.better_teacher import ScoreConfig, ScoreMethod, go_on_from_weights, save_next
 from streamr1_ref.tiny.codec import load_codec
 from streamr1_ref.tiny.exact import GridWorld
 from streamr1_ref.tiny.reward import RewardConfig, RewardMethod
@@ -20,7 +20,7 @@ from streamr1_ref.tiny.teacher import (
 )
 from streamr1_ref.tiny.world import caption_split
 from streamr1_ref.transformer import WanConfig
-from streamr1_ref.utils.files import data_path
+from streamr1_ref.utils.files import data_path, load_tensors
 from streamr1_ref.utils.runtime import seeded
 
 NET = WanConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=1)
@@ -143,3 +143,48 @@ def test_the_student_keeps_its_text_encoder():
     model = method.roles["model"]
     assert trained == set(model.transformer.parameters())
     assert not any(p.requires_grad for p in model.text.parameters())
+
+
+def test_a_training_from_weights_goes_on_with_the_batch_of_their_step(tmp_path):
+    """It used to count its steps on and to draw the batches from the first one again."""
+    first = tiny_trainer(score(), tmp_path / "first", 4)
+    first.train(progress=False)
+    shipped = save_next(tmp_path / "weights.safetensors", tmp_path / "first")
+    method, drawn = score(), []
+    batch = method.batch
+    method.batch = lambda step: drawn.append(step) or batch(step)
+    again = tiny_trainer(method, tmp_path / "again", 6)
+    go_on_from_weights(again, shipped)
+    assert (again.step_count, again.update_count) == (4, 4)
+    again.train(progress=False)
+    assert drawn == [4, 5]
+
+
+@pytest.mark.parametrize("part", ["ema", "model"])
+def test_weights_to_ship_are_those_of_the_network_alone(part, tmp_path):
+    """The last weights used to come with the state of their optimizer."""
+    trainer = tiny_trainer(score(), tmp_path, 2)
+    trainer.train(progress=False)
+    saved = load_tensors(save_next(tmp_path / "weights.safetensors", tmp_path, part))[0]
+    assert saved.keys() == dict(trainer.method.roles["model"].named_parameters()).keys()
+
+
+@pytest.mark.parametrize(
+    "settings, wrong",
+    [
+        (TeacherConfig, {"clip_norm": 0.0}),
+        (TeacherConfig, {"ema": 1.0}),
+        (TeacherConfig, {"lr": -1e-3}),
+        (ScoreConfig, {"clip_norm": 0.0}),
+        (ScoreConfig, {"clip_norm": float("nan")}),
+        (ScoreConfig, {"ema": 1.0}),
+        (ScoreConfig, {"ema": -0.1}),
+        (ScoreConfig, {"lr": float("nan")}),
+        (ScoreConfig, {"weight_decay": -0.1}),
+        (ScoreConfig, {"short_steps": -1}),
+        (ScoreConfig, {"shift": 0.0}),
+    ],
+)
+def test_settings_that_make_no_training_are_refused_by_name(settings, wrong):
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: expected "):
+        settings(**wrong)

@@ -26,6 +26,7 @@ from ..training.checkpoint import newest, read_state
 from ..training.method import Record
 from ..training.trainer import Trainer
 from ..transformer import WanConfig, load_wan_weights
+from ..utils.checks import check_numbers
 from ..utils.files import data_path, load_tensors, save_tensors
 from ..utils.runtime import seeded
 
@@ -96,6 +97,12 @@ class ScoreConfig:
             )
         if min(self.batch, self.warm_up, self.save_every, self.short_latents) < 1:
             raise ValueError("batch, warm_up, save_every, short_latents: expected at least 1")
+        check_numbers(self, lr=(0, None), weight_decay=(0, None), short_steps=(0, None))
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema: expected a number from 0 to below 1, got {self.ema}")
+        for name in ("clip_norm", "shift"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
 
     def rate(self, step: int) -> float:
         """Return the learning rate of `step` as a share of `lr`."""
@@ -370,7 +377,7 @@ def go_on_from_weights(trainer: Trainer, path: str | Path) -> None:
     weights = dict(model.named_parameters())
     for name, value in trainer.ema["model"].items():
         value.copy_(weights[name].detach())
-    trainer.step_count = int(metadata["step"])
+    trainer.start_at(int(metadata["step"]))
 
 # %% ../../nbs/tiny/03d_better_teacher.ipynb #52aeb739
 def train_next(

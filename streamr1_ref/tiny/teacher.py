@@ -23,6 +23,7 @@ from .world import Caption, WorldConfig, caption_split, mixed_clips
 from ..training.method import BaseMethod, OptimizerConfig, Record
 from ..training.trainer import TrainConfig, Trainer
 from ..transformer import WanConfig, WanTransformer, load_wan_weights
+from ..utils.checks import check_numbers
 from ..utils.files import data_path, load_tensors, save_tensors
 from ..utils.runtime import progress as progress_bar
 from ..utils.runtime import seeded
@@ -69,8 +70,11 @@ class TinyTrainingConfig:
         for name in ("steps", "batch", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_numbers(self, lr=(0, None))
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected a number from 0 to below 1, got {self.ema}")
+        if not self.clip_norm > 0:
+            raise ValueError(f"clip_norm: expected a number above 0, got {self.clip_norm}")
 
     def rate(self, step: int) -> float:
         """Return the learning rate of `step` as a share of the peak: warm-up, then decay."""

@@ -22,8 +22,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from .distributed import barrier, rank_and_world
 
 # %% auto #0
-__all__ = ['checksum', 'listed_files', 'damaged_file', 'describe_damage', 'damage', 'newest', 'differences', 'written_by',
-           'write_checkpoint', 'read_state', 'read_tensors', 'make_state', 'fill_state', 'is_number',
+__all__ = ['checksum', 'listed_files', 'damaged_file', 'describe_damage', 'damage', 'checkpoints', 'newest', 'differences',
+           'written_by', 'write_checkpoint', 'read_state', 'read_tensors', 'make_state', 'fill_state', 'is_number',
            'optimizer_tensors', 'optimizer_numbers', 'set_optimizer_numbers']
 
 # %% ../../nbs/training/checkpoint.ipynb #be44e6ff
@@ -76,6 +76,15 @@ def damage(checkpoint: Path) -> str | None:
     return describe_damage(checkpoint, files, damaged_file(checkpoint, files or {}))
 
 # %% ../../nbs/training/checkpoint.ipynb #16e89240
+def checkpoints(folder: str | Path) -> list[Path]:
+    """All checkpoints of the run in `folder`, whole or damaged, in the order of their steps."""
+    found = {}
+    for path in Path(folder).glob("checkpoints/step-*"):
+        if name := re.fullmatch(r"step-(\d+)", path.name):  # not those that are being written
+            found[path] = int(name[1])
+    return sorted(found, key=found.get)
+
+
 def newest(folder: str | Path, mesh: DeviceMesh | None = None) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of the run in `folder`, and what is wrong with those after it.
 
@@ -83,7 +92,7 @@ def newest(folder: str | Path, mesh: DeviceMesh | None = None) -> tuple[Path | N
     """
     problems = []
     part, parts = rank_and_world(mesh)
-    for path in sorted(Path(folder).glob("checkpoints/step-??????"), reverse=True):
+    for path in reversed(checkpoints(folder)):
         files = listed_files(path)
         found = torch.tensor(damaged_file(path, files or {}, part, parts))
         if mesh is not None:

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from .health import skipped_warnings
+from ..utils.checks import check_numbers
 
 # %% auto #0
-__all__ = ['Record', 'join_records', 'mean_row', 'TrainingMethod', 'OptimizerConfig', 'adamw', 'BaseMethod', 'check_updates',
-           'check_method']
+__all__ = ['Record', 'join_records', 'join_roles', 'mean_row', 'TrainingMethod', 'OptimizerConfig', 'adamw', 'BaseMethod',
+           'check_updates', 'check_method']
 
 # %% ../../nbs/training/method.ipynb #1750fbcc
 Record = dict[str, torch.Tensor]  # values for the record by name, one a clip: [clips]
@@ -30,6 +31,20 @@ def join_records(records: Sequence[Record]) -> Record:
         for name, values in record.items():
             parts.setdefault(name, []).append(values.detach().cpu())
     return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def join_roles(records: Sequence[tuple[str, Record]]) -> Record:
+    """All values of a step's `records` by name, each [clips of all]; a record comes with its role.
+
+    A name that several roles use belongs to the last of them; for the others it is "ROLE.name".
+    """
+    last = {name: role for role, record in records for name in record}
+    return join_records(
+        [
+            {name if last[name] == role else f"{role}.{name}": v for name, v in record.items()}
+            for role, record in records
+        ]
+    )
 
 
 def mean_row(record: Record) -> dict[str, float]:
@@ -62,7 +77,10 @@ class TrainingMethod(Protocol):
         """The factor of the gradient of `role`, given the `record` of all its micro-batches."""
 
     def summary(self, record: Record) -> dict[str, float]:
-        """The row of a step from the `record` of all its updates; called before `commit`."""
+        """The row of a step from the `record` of all its updates; called before `commit`.
+
+        `join_roles` says what the values are called.
+        """
 
     def commit(self, record: Record) -> None:
         """Take up the `record` of a step that has succeeded; here the method may change."""
@@ -96,7 +114,7 @@ class TrainingMethod(Protocol):
 class OptimizerConfig:
     """Settings of AdamW; the defaults suit a student of the tiny world.
 
-    ValueError for a rate below 0 or moments that do not decay.
+    ValueError for a rate or a weight decay below 0, and for moments that do not decay.
     """
 
     lr: float = 1e-4  # base learning rate
@@ -105,8 +123,7 @@ class OptimizerConfig:
     fused: bool | None = None  # one kernel, without temporaries; None: on GPUs
 
     def __post_init__(self):
-        if not self.lr >= 0:
-            raise ValueError(f"lr: expected a number of at least 0, got {self.lr}")
+        check_numbers(self, lr=(0, None), weight_decay=(0, None))
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: expected numbers from 0 to below 1, got {self.betas}")
 
@@ -196,7 +213,10 @@ def check_updates(method: TrainingMethod, step: int) -> tuple[str, ...]:
 
 
 def check_method(method: TrainingMethod) -> None:
-    """Raise TypeError if `method` is no `TrainingMethod`, ValueError if its names do not match."""
+    """Raise TypeError if `method` is no `TrainingMethod`, ValueError if its names do not match.
+
+    ValueError as well for numbers with which there is no training.
+    """
     name = type(method).__name__
     if not isinstance(method, TrainingMethod):
         asked = (*TrainingMethod.__annotations__, *vars(TrainingMethod))
@@ -206,9 +226,18 @@ def check_method(method: TrainingMethod) -> None:
         raise ValueError(f"roles: {name} has no network to train")
     if wrong := [role for role, net in method.roles.items() if not isinstance(net, nn.Module)]:
         raise ValueError(f"roles: expected networks, {', '.join(wrong)} of {name} are none")
+    if {"ema", "optimizer"} & set(method.roles):  # tensors of a checkpoint begin so
+        got = ", ".join(method.roles)
+        raise ValueError(f"roles: expected other names than ema and optimizer in {name}, got {got}")
+    known = f"expected roles that have a network: {', '.join(method.roles)}"
     if unknown := sorted(set(method.ema_roles) - set(method.roles)):
-        raise ValueError(
-            f"ema_roles: {name} keeps an EMA of {', '.join(unknown)}, "
-            f"expected roles that have a network: {', '.join(method.roles)}"
-        )
+        raise ValueError(f"ema_roles: {name} keeps an EMA of {', '.join(unknown)}, {known}")
+    if unknown := sorted(set(getattr(method, "optimizers", ())) - set(method.roles)):
+        raise ValueError(f"optimizers: {name} has settings for {', '.join(unknown)}, {known}")
+    if not method.micro_batches >= 1:
+        raise ValueError(f"micro_batches: expected at least 1, got {method.micro_batches}")
+    if not method.clip_norm > 0:
+        raise ValueError(f"clip_norm: expected a number above 0, got {method.clip_norm}")
+    if not method.num_pictures >= 0:
+        raise ValueError(f"num_pictures: expected at least 0, got {method.num_pictures}")
     check_updates(method, 0)

@@ -12,9 +12,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal, Protocol
 
+from ..utils.files import whole_file
+
 # %% auto #0
 __all__ = ['TrackerName', 'TRACKERS', 'Tracker', 'rounded', 'numbers_of', 'trim_log', 'JsonLines', 'optional', 'TensorBoard',
-           'Trackio', 'open_trackers']
+           'Trackio', 'check_trackers', 'open_trackers']
 
 # %% ../../nbs/training/tracking.ipynb #eac8b16b
 class Tracker(Protocol):
@@ -38,7 +40,10 @@ def numbers_of(row: dict) -> dict[str, float]:
 
 
 def trim_log(path: Path, step: int) -> list[dict]:
-    """Cut the log `path` back to rows up to `step`, without half lines; returns the rows."""
+    """Cut the log `path` back to rows up to `step`, without half lines; returns the rows.
+
+    The log is the old one or the new one, whenever the machine stops.
+    """
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -47,7 +52,8 @@ def trim_log(path: Path, step: int) -> list[dict]:
             break  # the machine stopped in the middle of a line
         if row["step"] <= step:
             rows.append(row)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with whole_file(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
@@ -80,9 +86,11 @@ class TensorBoard:
     Rows of a run that was taken up again replace those after its checkpoint.
     """
 
+    module = "torch.utils.tensorboard"  # what must be installed
+
     def __init__(self, folder: Path, step: int):
-        module = optional("torch.utils.tensorboard", "tensorboard")
-        self.writer = module.SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+        package = optional(self.module, "tensorboard")
+        self.writer = package.SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def log(self, step: int, row: dict) -> None:
         """Add the numbers of the `row` of `step`."""
@@ -100,21 +108,30 @@ class Trackio:
     A run that was taken up again goes on; it logs rows after `step` a second time.
     """
 
+    module = "trackio"  # what must be installed
+
     def __init__(self, folder: Path, step: int):
-        self.module = optional("trackio", "trackio")
-        self.module.init(project="streamr1", name=folder.resolve().name, resume="allow")
+        self.package = optional(self.module, "trackio")
+        self.package.init(project="streamr1", name=folder.resolve().name, resume="allow")
 
     def log(self, step: int, row: dict) -> None:
         """Add the numbers of the `row` of `step`."""
-        self.module.log(numbers_of(row), step=step)
+        self.package.log(numbers_of(row), step=step)
 
     def close(self) -> None:
         """End the run."""
-        self.module.finish()
+        self.package.finish()
 
-
+# %% ../../nbs/training/tracking.ipynb #a63cbcba
 TrackerName = Literal["tensorboard", "trackio"]
 TRACKERS = {"tensorboard": TensorBoard, "trackio": Trackio}
+
+
+def check_trackers(names: Sequence[TrackerName]) -> None:
+    """Raise ValueError, which says how to install it, if one of the trackers `names` is missing."""
+    for name in names:
+        if module := getattr(TRACKERS[name], "module", None):
+            optional(module, name)
 
 
 def open_trackers(names: Sequence[TrackerName], folder: Path, step: int) -> list[Tracker]:

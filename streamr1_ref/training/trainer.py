@@ -10,7 +10,7 @@ import math
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +22,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 # %% auto #0
-__all__ = ['TrainConfig', 'clip_gradient', 'ema_decay', 'interruptible', 'Trainer']
+__all__ = ['TrainConfig', 'clip_gradient', 'held_parameters', 'ema_decay', 'interruptible', 'Trainer']
 
 # %% ../../nbs/training/13_training.ipynb #f86c6dae
 from streamr1_ref.training.checkpoint import (
+    checkpoints,
     differences,
     fill_state,
     make_state,
@@ -52,9 +53,17 @@ from streamr1_ref.training.method import (
     check_method,
     check_updates,
     join_records,
+    join_roles,
 )
-from .tracking import Tracker, TrackerName, open_trackers, rounded, trim_log
-from ..utils.checks import check_choices
+from streamr1_ref.training.tracking import (
+    Tracker,
+    TrackerName,
+    check_trackers,
+    open_trackers,
+    rounded,
+    trim_log,
+)
+from ..utils.checks import check_choices, check_numbers
 from ..utils.runtime import progress as progress_bar
 
 # %% ../../nbs/training/13_training.ipynb #f0a226d9
@@ -77,21 +86,30 @@ class TrainConfig:
         check_choices(self)
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: expected a number from 0 to below 1, got {self.ema}")
-        for name in ("save_every", "keep", "max_skipped"):
-            if getattr(self, name) < 1:
+        for name in ("max_steps", "save_every", "keep", "max_skipped"):
+            if not getattr(self, name) >= 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_numbers(self, ema_start=(0, None), ema_warmup=(0, None), sample_every=(0, None))
         if not self.timeout > 0:
             raise ValueError(f"timeout: expected minutes above 0, got {self.timeout}")
 
 # %% ../../nbs/training/13_training.ipynb #a241e493
-def clip_gradient(net: nn.Module, clip_norm: float, scale: float = 1.0) -> float:
-    """Multiply the gradients of `net` by `scale`, shrink them to a norm of at most `clip_norm`.
+def clip_gradient(
+    parameters: Sequence[nn.Parameter], clip_norm: float, scale: float = 1.0
+) -> float:
+    """The norm of the gradients of `parameters`, of any shape, times `scale`, over all processes.
 
-    Returns the norm in between, over all processes.
+    The gradients are multiplied by `scale` and then shrunk to a norm of at most `clip_norm`.
     """
     if scale != 1.0:
-        torch._foreach_mul_([p.grad for p in net.parameters() if p.grad is not None], scale)
-    return whole(nn.utils.clip_grad_norm_(net.parameters(), clip_norm)).item()
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)
+    return whole(nn.utils.clip_grad_norm_(parameters, clip_norm)).item()
+
+
+def held_parameters(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Those parameters of `net`, in its order, that `optimizer` updates."""
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    return [p for p in net.parameters() if p in held]
 
 
 def ema_decay(cfg: TrainConfig, step: int) -> float:
@@ -129,8 +147,8 @@ class Trainer:
     """Trains the networks of `method` as `cfg` says, with a record and checkpoints in `folder`.
 
     With a `mesh` the micro-batches are spread over its processes; networks are sharded before
-    (`shard`). TypeError for what is no method; ValueError if its names do not match, or if the
-    processes do not divide its micro-batches.
+    (`shard`). TypeError for what is no method; ValueError if its names do not match, if the
+    processes do not divide its micro-batches, or if a tracker is not installed.
     """
 
     def __init__(
@@ -149,6 +167,8 @@ class Trainer:
                 f"got {method.micro_batches}"
             )
         method.check_processes(self.world)
+        if self.rank == 0:  # the only one that has trackers
+            check_trackers(cfg.trackers)
         self.optimizers = {role: method.optimizer(role) for role in method.roles}
         self.base_rates = {
             role: [group["lr"] for group in optimizer.param_groups]
@@ -162,6 +182,17 @@ class Trainer:
         }
         self.step_count, self.update_count = 0, 0  # of the run, skipped ones included
         self.skipped, self.skipped_in_a_row = 0, 0
+        self.damaged: list[Path] = []  # checkpoints that `resume` could not read
+
+    def start_at(self, step: int) -> None:
+        """Go on as after `step` steps: the next draws are those of a run that has taken them.
+
+        Networks and optimizers stay as they are. ValueError for a `step` below 0.
+        """
+        if step < 0:
+            raise ValueError(f"step: expected at least 0, got {step}")
+        self.step_count = step
+        self.update_count = sum(len(check_updates(self.method, s)) for s in range(step))
 
     def update(self, role: str, number: int) -> tuple[Record, float]:
         """One optimizer step of `role` on the mean gradient of its micro-batches.
@@ -173,14 +204,14 @@ class Trainer:
         net, optimizer = self.method.roles[role], self.optimizers[role]
         first, step = number * self.method.micro_batches, self.step_count - 1
         mine, records = range(self.rank, self.method.micro_batches, self.world), []
-        optimizer.zero_grad()  # also drops what other roles' losses left here
+        net.zero_grad()  # also drops what other roles' losses left here
         for micro in mine:
             loss, record = agree(self.mesh, lambda: self.method.loss(role, first + micro))
             (loss / len(mine)).backward()
             records.append(record)
         record = join_records(gather_records(self.mesh, records))
         scale = self.method.gradient_scale(role, record)
-        norm = clip_gradient(net, self.method.clip_norm, scale)
+        norm = clip_gradient(held_parameters(net, optimizer), self.method.clip_norm, scale)
         if not math.isfinite(norm + sum(v.sum().item() for v in record.values())):
             raise FloatingPointError(f"loss, gradient: not finite, the norm is {norm}")
         factor = self.method.learning_rate(role, step)
@@ -201,11 +232,11 @@ class Trainer:
         try:
             for i, role in enumerate(names):
                 record, norm = self.update(role, first + i)
-                records.append(record)
+                records.append((role, record))
         except FloatingPointError as error:
             self.skipped += 1
             return {"skipped": f"step {self.step_count}: {error}"}
-        record = join_records(records)
+        record = join_roles(records)
         row = {"norm": norm, **self.method.summary(record)}  # the norm of the last update
         self.method.commit(record)
         return row
@@ -289,8 +320,7 @@ class Trainer:
         found = {}
         for role, net in self.method.roles.items():
             found |= {f"{role}.{name}": t for name, t in net.state_dict().items()}
-            prefix = f"{role}.optimizer."
-            found |= optimizer_tensors(net, self.optimizers[role], prefix)
+            found |= optimizer_tensors(net, self.optimizers[role], f"optimizer.{role}.")
         for role, ema in self.ema.items():
             found |= {f"ema.{role}.{name}": t for name, t in ema.items()}
         return found
@@ -302,7 +332,10 @@ class Trainer:
         return json.loads(json.dumps(own | ours))
 
     def save(self) -> Path:
-        """Write the checkpoint of this step and return its folder; only the newest are kept."""
+        """Write the checkpoint of this step and return its folder; only the newest are kept.
+
+        Those that `resume` found damaged are removed; those of later steps are left alone.
+        """
         numbers = {
             role: optimizer_numbers(net, self.optimizers[role])
             for role, net in self.method.roles.items()
@@ -319,8 +352,13 @@ class Trainer:
         final = self.folder / "checkpoints" / f"step-{self.step_count:06d}"
         write_checkpoint(final, self.tensors(), state, self.mesh)
         if self.rank == 0:
-            for old in sorted(final.parent.glob("step-??????"))[: -self.cfg.keep]:
-                shutil.rmtree(old)
+            for path in set(self.damaged) - {final}:
+                shutil.rmtree(path, ignore_errors=True)
+            paths = checkpoints(self.folder)
+            older = paths[: paths.index(final)]
+            for path in older[: max(0, len(older) + 1 - self.cfg.keep)]:
+                shutil.rmtree(path)
+        self.damaged = []
         barrier(self.mesh)
         return final
 
@@ -347,6 +385,8 @@ class Trainer:
             set_optimizer_numbers(net, self.optimizers[role], state["optimizers"][role])
         self.method.load_state_dict(state["method"])
         self.step_count, self.update_count = state["step"], state["updates"]
+        paths = checkpoints(self.folder)
+        self.damaged = paths[paths.index(path) + 1 :]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         return problems
 
@@ -391,9 +431,12 @@ class Trainer:
         trackers = open_trackers(cfg.trackers, self.folder, self.step_count) if alone else []
         left, place = range(self.step_count, cfg.max_steps), {"initial": self.step_count}
         with (
+            ExitStack() as stack,
             interruptible() as asked,
             progress_bar(left, label, progress and alone, total=cfg.max_steps, **place) as bar,
         ):
+            for tracker in trackers:  # closed whatever ends the run
+                stack.callback(tracker.close)
             for _ in bar:
                 row = self.advance()
                 self.note(rows, row, bar.write if alone else lambda text: None, trackers)
@@ -408,6 +451,4 @@ class Trainer:
                     self.save_pictures()
                 if stop:
                     raise KeyboardInterrupt(asked[0] if asked else "another process", saved)
-        for tracker in trackers:
-            tracker.close()
         return rows

@@ -19,18 +19,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 # %% auto #0
-__all__ = ['save_tensors', 'load_tensors', 'write_config', 'read_config', 'writable_folder', 'data_path']
+__all__ = ['whole_file', 'save_tensors', 'load_tensors', 'write_config', 'read_config', 'writable_folder', 'data_path']
 
 # %% ../../nbs/reference/files.ipynb #141b7d7d
 @contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its name when the block ends without an error."""
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its name when the block ends without an error.
+
+    It is on disk by then, so that a power cut leaves the old file or the new one. OSError if the
+    folder cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())  # a rename may reach the disk before what was written
         os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     finally:
@@ -46,7 +52,7 @@ def save_tensors(
     stand in the file's header. Raises OSError if the folder cannot be written.
     """
     path = Path(path)
-    with _whole_file(path) as temporary:
+    with whole_file(path) as temporary:
         ready = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         save_file(ready, temporary, metadata=metadata)
     return path
@@ -76,7 +82,7 @@ def load_tensors(
 def write_config(path: str | Path, values: dict[str, Any]) -> Path:
     """Write the settings `values` as a JSON file, whole or not at all, and return its `path`."""
     path = Path(path)
-    with _whole_file(path) as temporary:
+    with whole_file(path) as temporary:
         temporary.write_text(json.dumps(values, indent=1) + "\n")
     return path
 
@@ -107,8 +113,8 @@ def writable_folder(out: str | Path, needs: int = 4096) -> Path:
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".write-test").write_bytes(bytes(4096))
-        (folder / ".write-test").unlink()
+        with tempfile.TemporaryFile(dir=folder) as file:  # one of its own for each process
+            file.write(bytes(4096))
     except OSError as error:
         raise OSError(
             f"out: expected a folder that can be written, got {folder} ({error.strerror})"
