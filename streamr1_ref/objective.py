@@ -382,7 +382,8 @@ def student_step_loss(
     record has the loss; with a reward model also the reward by `weighting` that weighs [B], and the
     rewards [B] by axis. FloatingPointError names a clip whose gradient or reward is not finite.
     """
-    x, t, w, scores = clips.latents, clips.timestep, weighting, None
+    x, t, w = clips.latents, clips.timestep, weighting
+    scores = None
     if cfg.score_shift is not None:
         scores = replace(m.schedule, shift=cfg.score_shift)
     if negative_embeds is not None:
@@ -449,7 +450,8 @@ class DistillationMethod(BaseMethod):
                 f"balance: expected a reward model of two axes or more, got {', '.join(axes)}; "
                 "balance=0 is off"
             )
-        self.models, self.prompts, self.weighting, self.cfg = models, prompts, weighting, cfg
+        self.models, self.prompts = models, prompts
+        self.weighting, self.cfg = weighting, cfg
         self.roles = {"student": models.student, "critic": models.critic}
         self.micro_batches, self.clip_norm = cfg.micro_batches, cfg.clip_norm
         self.num_pictures = min(4, len(prompts))

@@ -159,7 +159,8 @@ class Trainer:
         mesh: DeviceMesh | None = None,
     ):
         check_method(method)
-        self.method, self.cfg, self.folder, self.mesh = method, cfg, Path(folder), mesh
+        self.method, self.cfg, self.mesh = method, cfg, mesh
+        self.folder = Path(folder)
         self.rank, self.world = rank_and_world(mesh)
         if method.micro_batches % self.world:
             raise ValueError(
