@@ -168,7 +168,7 @@ _GRADIENT = (
     Switch(
         name="zero-normaliser",
         errata=(11,),
-        setting="dmd.dmd_gradient.min_normaliser",
+        setting="objective.DistillationConfig.min_normaliser",
         ours=1e-5,
         published=0.0,
         effect="A clip that equals its real prediction gets the largest float as its gradient.",
