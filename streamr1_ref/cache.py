@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -113,6 +113,7 @@ class CacheConfig:
         return make_cache(net, self, batch, grid, device, dtype, evict, frames)
 
 # %% ../nbs/05_sink_cache.ipynb #b37807b5
+@runtime_checkable  # so that the command line finds the fields of a CacheConfig in its place
 class CacheSettings(Protocol):
     """Settings of a stream's cache: a `CacheConfig`, or a frozen dataclass of your own.
 
