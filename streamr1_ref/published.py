@@ -125,6 +125,10 @@ _CACHE = (
         effect="A sink that is smaller than what is evicted at once is replaced, not averaged.",
         chapter="05_sink_cache",
     ),
+)
+
+# %% ../nbs/reference/published.ipynb #5de39dfb
+_CONTEXT = (
     Switch(
         name="sink-in-cache-precision",
         errata=(35,),
@@ -174,6 +178,10 @@ _GRADIENT = (
         effect="A clip that equals its real prediction gets the largest float as its gradient.",
         chapter="07_dmd_gradient",
     ),
+)
+
+# %% ../nbs/reference/published.ipynb #ecd049d3
+_SCORES = (
     Switch(
         name="guidance-form",
         errata=(15,),
@@ -232,6 +240,10 @@ _REWARD = (
         effect="The weight is the published one, which does not tilt what DMD converges to.",
         chapter="09_reward_weighting",
     ),
+)
+
+# %% ../nbs/reference/published.ipynb #7b27a120
+_WEIGHT = (
     Switch(
         name="unbounded-weight",
         errata=(14,),
@@ -282,7 +294,7 @@ _FRAMES = (
         chapter="15a_video_reward",
     ),
 )
-SWITCHES = _CACHE + _GRADIENT + _REWARD + _FRAMES
+SWITCHES = _CACHE + _CONTEXT + _GRADIENT + _SCORES + _REWARD + _WEIGHT + _FRAMES
 
 # %% ../nbs/reference/published.ipynb #9ef0653b
 # entries of the errata page without a switch, and why
