@@ -164,7 +164,7 @@ def write_checkpoint(
     barrier(mesh)
     return final
 
-
+# %% ../../nbs/training/checkpoint.ipynb #4f909822
 def read_state(checkpoint: Path) -> dict:
     """What was written into `checkpoint` beside tensors, by name."""
     return json.loads((checkpoint / "state.json").read_text())

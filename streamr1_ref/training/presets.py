@@ -64,6 +64,7 @@ WAN_NEGATIVE_PROMPT = (
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
 
+# %% ../../nbs/training/presets.ipynb #5fea80e7
 _tiny = DistillationConfig(micro_batch_size=4, critic_steps=2)
 _wan = DistillationConfig(
     micro_batch_size=1,

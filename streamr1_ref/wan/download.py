@@ -36,6 +36,7 @@ SELF_FORCING = "gdhe17/Self-Forcing"
 REWARD_FORCING = "JaydenLu666/Reward-Forcing-T2V-1.3B"
 STUDENT = "a distilled student"
 
+# %% ../../nbs/wan/download.ipynb #d9de6e70
 DOWNLOADS = {
     "wan-1.3b": Download(
         repo="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
