@@ -15,7 +15,7 @@ from pathlib import Path
 from ..utils.runtime import progress as progress_bar
 
 # %% auto #0
-__all__ = ['WAN_PARTS', 'APACHE', 'SEE_PAGE', 'SELF_FORCING', 'REWARD_FORCING', 'STUDENT', 'DOWNLOADS', 'TRAINING', 'Download',
+__all__ = ['WAN_PARTS', 'APACHE', 'SEE_PAGE', 'SELF_FORCING', 'REWARD_FORCING', 'STUDENT', 'TRAINING', 'DOWNLOADS', 'Download',
            'find_mirror', 'wanted_files', 'ask_hub', 'copy_file', 'download', 'check_files']
 
 # %% ../../nbs/wan/download.ipynb #ed74b89b
@@ -35,6 +35,7 @@ APACHE, SEE_PAGE = "apache-2.0", "see its page"
 SELF_FORCING = "gdhe17/Self-Forcing"
 REWARD_FORCING = "JaydenLu666/Reward-Forcing-T2V-1.3B"
 STUDENT = "a distilled student"
+TRAINING = ("wan-1.3b", "ode-init", "prompts", "video-reward", "qwen2-vl")
 
 # %% ../../nbs/wan/download.ipynb #d9de6e70
 DOWNLOADS = {
@@ -77,7 +78,6 @@ DOWNLOADS = {
     ),
     "reward-forcing": Download(REWARD_FORCING, ("*.pt",), 5.7, SEE_PAGE, STUDENT),
 }
-TRAINING = ("wan-1.3b", "ode-init", "prompts", "video-reward", "qwen2-vl")
 
 # %% ../../nbs/wan/download.ipynb #72c9dc0b
 def find_mirror(source: str | Path, name: str) -> Path:
