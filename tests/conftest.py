@@ -8,9 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from streamr1_ref.transformer import WanConfig
 from streamr1_ref.utils.files import load_tensors
 
 GOLDEN = Path(__file__).parent / "golden"
+SMALL_NET = WanConfig(
+    dim=48,
+    ffn_dim=96,
+    num_heads=2,
+    num_layers=2,
+    in_channels=4,
+    out_channels=4,
+    text_dim=16,
+    freq_dim=32,
+    latent_size=(4, 6),
+)
 
 # What `make quick` leaves out: tests that start processes, train, or take over two seconds on an
 # idle core. A whole file is an empty list. Marks at a test (`@pytest.mark.slow`) add to these.

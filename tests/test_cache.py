@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import SMALL_NET, relative_error
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -14,17 +14,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 
 from streamr1_ref.cache import CacheConfig, SlideWindow, WindowKVCache, make_cache
 from streamr1_ref.transformer import Attention, Block, WanConfig, WanTransformer
-
-SMALL = WanConfig(
-    dim=48,
-    ffn_dim=96,
-    num_heads=2,
-    num_layers=2,
-    in_channels=4,
-    out_channels=4,
-    text_dim=16,
-    freq_dim=32,
-)
 
 
 def published_layer(golden, name, **change):
@@ -84,7 +73,7 @@ def frames_in(cache):
 
 
 def run(cfg, blocks, evict=True, frames=None):
-    cache, count = make_cache(SMALL, cfg, 1, (1, 1), evict=evict, frames=frames), 0
+    cache, count = make_cache(SMALL_NET, cfg, 1, (1, 1), evict=evict, frames=frames), 0
     for f in blocks:
         cache.begin_block(f)
         write(
@@ -170,8 +159,8 @@ def test_a_sink_in_half_precision_moves_only_if_it_is_kept_in_float32(dtype):
 
 
 def test_memory_is_allocated_once():
-    cache = make_cache(SMALL, CacheConfig(), 2, (2, 3))
-    net, prompt = WanTransformer(SMALL).requires_grad_(False), torch.zeros(2, 5, 16)
+    cache = make_cache(SMALL_NET, CacheConfig(), 2, (2, 3))
+    net, prompt = WanTransformer(SMALL_NET).requires_grad_(False), torch.zeros(2, 5, 16)
     x, t = torch.randn(2, 3, 4, 4, 6, generator=torch.Generator().manual_seed(0)), torch.zeros(2)
     buffers = lambda: (cache.store, cache.view, cache.eviction.ema)
     places = lambda: [(t.data_ptr(), t.untyped_storage().nbytes()) for t in buffers()]
@@ -188,9 +177,9 @@ def test_memory_is_allocated_once():
 
 def test_no_host_synchronisation_and_no_data_dependent_python():
     """All bookkeeping runs on the meta device, where reading a number from a tensor is an error."""
-    cache = make_cache(SMALL, CacheConfig(), 1, (2, 3), device="meta")
+    cache = make_cache(SMALL_NET, CacheConfig(), 1, (2, 3), device="meta")
     with torch.device("meta"):
-        net = WanTransformer(SMALL).requires_grad_(False)
+        net = WanTransformer(SMALL_NET).requires_grad_(False)
         call = torch.empty(1, 3, 4, 4, 6), torch.empty(1), torch.empty(1, 5, 16)
         for _ in range(6):
             cache.begin_block(3)
@@ -203,7 +192,7 @@ def test_no_host_synchronisation_and_no_data_dependent_python():
 def test_gradients_with_activation_checkpointing(evict):
     """The backward pass recomputes blocks after later ones changed the cache (LongLive #16)."""
     torch.manual_seed(0)
-    plain = WanTransformer(SMALL)
+    plain = WanTransformer(SMALL_NET)
     wrapped = copy.deepcopy(plain)
     apply_activation_checkpointing(
         wrapped, checkpoint_wrapper_fn=checkpoint_wrapper, check_fn=lambda m: isinstance(m, Block)
@@ -213,7 +202,7 @@ def test_gradients_with_activation_checkpointing(evict):
     prompt = torch.randn(1, 5, 16, generator=generator)
 
     def gradients(net):
-        cache = make_cache(SMALL, CacheConfig(alpha=0.5), 1, (2, 3), evict=evict, frames=15)
+        cache = make_cache(SMALL_NET, CacheConfig(alpha=0.5), 1, (2, 3), evict=evict, frames=15)
         loss = 0
         for block in x.split(3, 1):
             cache.begin_block(3)
@@ -232,12 +221,15 @@ def test_gradients_with_activation_checkpointing(evict):
 
 def test_batch_rows_are_independent():
     torch.manual_seed(0)
-    net, generator = WanTransformer(SMALL).requires_grad_(False), torch.Generator().manual_seed(0)
+    net, generator = (
+        WanTransformer(SMALL_NET).requires_grad_(False),
+        torch.Generator().manual_seed(0),
+    )
     x = torch.randn(3, 15, 4, 4, 6, generator=generator)
     prompt = torch.randn(3, 5, 16, generator=generator)
 
     def stream(rows):
-        cache, out = make_cache(SMALL, CacheConfig(alpha=0.5), len(rows), (2, 3)), []
+        cache, out = make_cache(SMALL_NET, CacheConfig(alpha=0.5), len(rows), (2, 3)), []
         for block in x[rows].split(3, 1):
             cache.begin_block(3)
             time = torch.zeros(len(rows))
@@ -272,8 +264,8 @@ def test_settings_that_clash_are_refused(change, message):
 
 
 def test_calls_that_do_not_fit_are_refused():
-    net = WanTransformer(SMALL).requires_grad_(False)
-    cache = make_cache(SMALL, CacheConfig(), 2, (2, 3))
+    net = WanTransformer(SMALL_NET).requires_grad_(False)
+    cache = make_cache(SMALL_NET, CacheConfig(), 2, (2, 3))
     call = lambda B=2, f=3, H=4: net(
         torch.zeros(B, f, 4, H, 6), torch.zeros(B), torch.zeros(B, 5, 16), cache=cache
     )
@@ -315,7 +307,7 @@ def test_a_cache_that_returns_fewer_queries_is_refused():
     class PickyCache:
         layers = lambda self: [Picky(), Picky()]
 
-    net, x = WanTransformer(SMALL).requires_grad_(False), torch.zeros(1, 3, 4, 4, 6)
+    net, x = WanTransformer(SMALL_NET).requires_grad_(False), torch.zeros(1, 3, 4, 4, 6)
     expected = r"Picky.attend to return one row a query, \[1, 18, 48\], got \[1, 12, 48\]"
     with pytest.raises(ValueError, match=expected):
         net(x, torch.zeros(1), torch.zeros(1, 5, 16), cache=PickyCache())
@@ -323,8 +315,8 @@ def test_a_cache_that_returns_fewer_queries_is_refused():
 
 def test_a_layer_with_another_kernel_uses_it_with_a_cache():
     """The kernel of set_attention must reach the cache, which would else pick one by accident."""
-    net = WanTransformer(SMALL).requires_grad_(False)
-    cache = make_cache(SMALL, CacheConfig(), 1, (2, 3))
+    net = WanTransformer(SMALL_NET).requires_grad_(False)
+    cache = make_cache(SMALL_NET, CacheConfig(), 1, (2, 3))
     used, plain = [], net.blocks[0].self_attn.attend
     for block in net.blocks:
         block.self_attn.attend = lambda q, k, v: (used.append(k.shape[1]), plain(q, k, v))[1]
@@ -338,7 +330,7 @@ def test_a_layer_with_another_kernel_uses_it_with_a_cache():
 def test_committing_a_part_of_a_block_forgets_the_rest(sink, kept):
     """Blocks of three, of which the first frames are committed: the past has only these."""
     cfg = CacheConfig(sink=sink, alpha=0.5)
-    cache, count = make_cache(SMALL, cfg, 1, (1, 1)), 0
+    cache, count = make_cache(SMALL_NET, cfg, 1, (1, 1)), 0
     for _ in range(8):
         cache.begin_block(3)
         write(cache, torch.arange(count, count + 3.0)[None, :, None, None].expand(1, 3, 2, 24))
@@ -385,7 +377,7 @@ def test_an_interrupted_eviction_is_never_taken_for_a_past(monkeypatch):
 
 def test_settings_make_their_cache_and_say_what_a_stream_shows():
     made = CacheConfig(alpha=0.5).make(
-        SMALL, 2, (2, 3), torch.device("cpu"), torch.float64, False, 12
+        SMALL_NET, 2, (2, 3), torch.device("cpu"), torch.float64, False, 12
     )
     assert (made.capacity, made.store.dtype, made.batch) == (12, torch.float64, 2)
     assert CacheConfig().shown_frames == 9

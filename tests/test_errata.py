@@ -9,7 +9,7 @@ import nbformat
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative_error
+from conftest import SMALL_NET, relative_error
 from notebooks import NBS, ROOT, notebooks
 
 from streamr1_ref.cache import CacheConfig
@@ -47,17 +47,6 @@ SWITCH = re.compile(r"^\*\*Switch\.\*\* (.+)$", re.M)
 TEST = re.compile(r"`tests/(\w+\.py)::(\w+)`")
 CITED = re.compile(r"[Ee]rrat(?:um|a)\b[^\d\n]{0,45}?(\d+)((?:(?:,| and|, and) \d+)*)")
 TO_COME = "(test: to come)"
-SMALL = WanConfig(
-    dim=48,
-    ffn_dim=96,
-    num_heads=2,
-    num_layers=2,
-    in_channels=4,
-    out_channels=4,
-    text_dim=16,
-    freq_dim=32,
-    latent_size=(4, 6),
-)
 PROMPTS = ["a red 3 moving left", "a cyan 0 moving up"]
 
 
@@ -230,7 +219,7 @@ def test_positions_do_not_depend_on_the_length_of_a_stream():
     short and a long stream with the same last six frames could only be their positions.
     """
     torch.manual_seed(0)
-    net = WanTransformer(replace(SMALL, num_layers=1)).requires_grad_(False)
+    net = WanTransformer(replace(SMALL_NET, num_layers=1)).requires_grad_(False)
     sampler = StreamSampler(net, steps=(1000,), cache=CacheConfig(sink="none"))
     prompt, past = torch.randn(1, 5, 16), torch.randn(1, 117, 4, 4, 6, generator=seeded(0))
     noise = torch.randn(1, 3, 4, 4, 6, generator=seeded(1))
@@ -341,7 +330,7 @@ class Listening(WanTransformer):
 def test_scores_have_one_timestep_a_clip_and_the_student_one_a_block():
     """Erratum 13."""
     assert score_timesteps(FlowSchedule(), 4, seeded(0)).shape == (4,)
-    net, noise = Listening(SMALL), torch.zeros(1, 6, 4, 4, 6)
+    net, noise = Listening(SMALL_NET), torch.zeros(1, 6, 4, 4, 6)
     how = {"steps": (1000, 250), "exit_steps": [1], "generator": seeded(0)}
     self_forcing_rollout(net, noise, torch.zeros(1, 5, 16), FlowSchedule(), **how)
     # two steps and the finished block, for each block
@@ -388,7 +377,7 @@ def test_the_published_patch_order_moves_nearly_all_cells():
 def test_training_noise_of_the_clean_context():
     """Erratum 22: in the table timestep 0 is its last entry; ours remembers the block as it is."""
     assert FlowSchedule().sigma(torch.zeros(1)).item() == pytest.approx(0.005, abs=1e-4)
-    net, noise = Listening(SMALL), torch.randn(1, 3, 4, 4, 6, generator=seeded(0))
+    net, noise = Listening(SMALL_NET), torch.randn(1, 3, 4, 4, 6, generator=seeded(0))
     made = self_forcing_rollout(net, noise, torch.zeros(1, 5, 16), FlowSchedule(), exit_steps=[0])
     _, timestep, remembered = net.heard[-1]
     assert timestep == [0.0] and torch.equal(remembered, made.latents)
@@ -397,7 +386,7 @@ def test_training_noise_of_the_clean_context():
 def test_a_new_prompt_is_remembered_block_by_block():
     """Erratum 24: re-caching leaves what a stream under the new prompt would have had."""
     torch.manual_seed(0)
-    net = WanTransformer(SMALL).requires_grad_(False)
+    net = WanTransformer(SMALL_NET).requires_grad_(False)
     old, new = torch.randn(2, 1, 5, 16, generator=seeded(1))
 
     def next_block(recache: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import SMALL_NET, relative_error
 from notebooks import NBS
 
 from streamr1_ref.cache import CacheConfig
@@ -25,23 +25,12 @@ from streamr1_ref.published import (
 from streamr1_ref.reliability import rollout_weight
 from streamr1_ref.rollout import SamplerConfig, self_forcing_rollout
 from streamr1_ref.tiny.reward import load_reward
-from streamr1_ref.transformer import WanConfig, WanTransformer
+from streamr1_ref.transformer import WanTransformer
 from streamr1_ref.utils.runtime import seeded
 from streamr1_ref.wan.build import SMALL, random_reward
 from streamr1_ref.wan.video_reward import RewardInput
 
 DIFFERENT = [s for s in SWITCHES if not s.identical]
-SIZES = WanConfig(
-    dim=48,
-    ffn_dim=96,
-    num_heads=2,
-    num_layers=2,
-    in_channels=4,
-    out_channels=4,
-    text_dim=16,
-    freq_dim=32,
-    latent_size=(4, 6),
-)
 PROMPTS = ["a red 3 moving left", "a cyan 0 moving up"]
 
 
@@ -52,7 +41,7 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 def rollout(cache=CacheConfig(alpha=0.5), dtype=torch.float32, evict=True, **how) -> torch.Tensor:
     """Latents of five blocks of a random student."""
     torch.manual_seed(0)
-    net = WanTransformer(SIZES).requires_grad_(False).to(dtype)
+    net = WanTransformer(SMALL_NET).requires_grad_(False).to(dtype)
     noise, prompt = randn(1, 15, 4, 4, 6), randn(1, 5, 16, seed=1).to(dtype)
     how = {"exit_steps": [1], "generator": seeded(2), "cache": cache, "evict": evict, **how}
     return self_forcing_rollout(net, noise, prompt, FlowSchedule(), **how).latents

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import SMALL_NET, relative_error
 
 from streamr1_ref.cache import CacheConfig, make_cache
 from streamr1_ref.flow import FlowSchedule
@@ -19,18 +19,6 @@ from streamr1_ref.rollout import (
     self_forcing_rollout,
 )
 from streamr1_ref.transformer import WanConfig, WanTransformer, load_wan_weights
-
-SMALL = WanConfig(
-    dim=48,
-    ffn_dim=96,
-    num_heads=2,
-    num_layers=2,
-    in_channels=4,
-    out_channels=4,
-    text_dim=16,
-    freq_dim=32,
-    latent_size=(4, 6),
-)
 
 
 def published(golden, name):
@@ -144,7 +132,7 @@ def test_published_training_differs_from_inference_from_the_fourth_block_on(gold
 
 def small_net():
     torch.manual_seed(0)
-    return WanTransformer(SMALL)
+    return WanTransformer(SMALL_NET)
 
 
 def randn(*shape, seed=0):
