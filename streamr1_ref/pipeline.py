@@ -122,7 +122,13 @@ class TransformerFiles:
 
 # %% ../nbs/14_streaming.ipynb #1cc4e774
 def sampler_settings(sampler: StreamSampler) -> dict[str, Any]:
-    """Return all settings of `sampler` that change a video, as JSON has them."""
+    """Return all settings of `sampler` that change a video, as JSON has them.
+
+    Raises TypeError for settings of another cache than a CacheConfig: no file could name them.
+    """
+    if type(cache := sampler.config.cache) is not CacheConfig:
+        got = type(cache).__name__
+        raise TypeError(f"cache: expected a CacheConfig, which a file can hold, got {got}")
     config = asdict(sampler.config)
     steps = {"steps": list(config.pop("denoising_steps"))}  # the first edition's name in the file
     return asdict(sampler.schedule) | steps | config
@@ -188,9 +194,11 @@ class StreamR1Pipeline:
     def save_pretrained(self, path: str | Path) -> Path:
         """Write the pipeline to the folder `path` for `from_pretrained`, and return it.
 
-        Raises TypeError, before anything is written, for a part whose class is not in PARTS.
+        Raises TypeError, before anything is written, for a part whose class is not in PARTS and for
+        settings of a cache that is none of ours.
         """
         folder, saved = Path(path), {}
+        settings = sampler_settings(self.sampler)
         for name, part in zip(FOLDERS, (self.sampler.net, self.text, self.codec)):
             kind = type(part).__name__
             files = part_files(kind) if kind in PARTS else None
@@ -202,7 +210,7 @@ class StreamR1Pipeline:
         for name, (_, files, part) in saved.items():
             files.save(part, folder / name)
         scheduler = folder / "scheduler" / "scheduler_config.json"
-        write_config(scheduler, sampler_settings(self.sampler))
+        write_config(scheduler, settings)
         index = {"_class_name": "StreamR1Pipeline", "fps": self.fps}
         index |= {name: kind for name, (kind, _, _) in saved.items()}
         write_config(folder / "model_index.json", index)

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -211,3 +211,14 @@ def test_player_runs_and_stops(pipe):
             break
         time.sleep(0.05)
     assert len(seen) >= 3 and not player.playing.value
+
+
+def test_settings_of_another_cache_are_refused_before_anything_is_written(pipe, tmp_path):
+    @dataclass(frozen=True)
+    class OtherConfig(CacheConfig):
+        extra: int = 1
+
+    other = replace(pipe, sampler=replace(pipe.sampler, cache=OtherConfig()))
+    with pytest.raises(TypeError, match="cache: expected a CacheConfig, .* got OtherConfig"):
+        other.save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
