@@ -17,7 +17,7 @@ import torch
 import tyro
 from torch import nn
 
-from ..flow import mix_noise, shift_sigma
+from ..flow import FlowSchedule, mix_noise, shift_sigma
 from .codec import PCACodec, fit_codec, load_codec
 from .exact import ExactScore, GridOracle, GridWorld, grid_clips, load_next
 from .teacher import TextToLatents, TinyMethod, TinyTeacher, tiny_trainer
@@ -255,7 +255,10 @@ class ScoreMethod(TinyMethod):
         self.scores = {"short": ExactScore(codec, short), "full": ExactScore(codec, world)}
         with torch.random.fork_rng(devices=[]):  # the caller's random state stays
             torch.manual_seed(cfg.seed)
-            model, _ = TextToLatents(net), TextToLatents(net)  # two: the draws of the first run
+            model = TextToLatents(net)
+            # The run that made the shipped weights drew its EMA's initial weights here, too. A
+            # network that is thrown away leaves the draws that follow as they were then.
+            TextToLatents(net)
             hand_noise_through(model)
         super().__init__(cfg, model)
 
@@ -272,7 +275,8 @@ class ScoreMethod(TinyMethod):
         It is a scalar; the record holds errors and noise levels [B].
         """
         made = self.batch(batch)
-        flow = self.roles[role](made.x, made.sigma * 1000, made.prompts)
+        timestep = made.sigma * FlowSchedule().num_train_timesteps
+        flow = self.roles[role](made.x, timestep, made.prompts)
         error = (flow - made.flow).square().flatten(1).mean(1)
         return error.mean(), {"loss": error.detach(), "sigma": made.sigma}
 
