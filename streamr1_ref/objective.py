@@ -56,7 +56,7 @@ def stream_r1_loss(
     beta: float = 2.0,
     cap: float | None = None,
 ) -> torch.Tensor:
-    """The loss of Stream-R1 on clips, a float64 scalar (2605.03849, sec. 3).
+    """Return the loss of Stream-R1 on clips, a float64 scalar (2605.03849, sec. 3).
 
     It is exp(beta reward) mean(W * 0.5 (x - stop(x - gradient))^2), mean over clips, for `x` and
     `gradient` [B,F,C,H,W], `reward` [B], and W = `intra_weight` [B,F,H,W]. The weight of a clip is
@@ -295,7 +295,7 @@ class DistillationConfig:
 
 # %% ../nbs/12_stream_r1.ipynb #09888a14
 def shuffled(i: int, n: int, seed: int) -> int:
-    """The place number `i` of an endless walk through range(`n`).
+    """Return the place number `i` of an endless walk through range(`n`).
 
     Every epoch of n visits each once, in an order of its own that follows from `seed`.
     """
@@ -364,7 +364,7 @@ def roll_out(
 
 
 def critic_step_loss(m: Models, clips: Clips) -> torch.Tensor:
-    """Flow matching of the critic of `m` on the student's `clips`; a scalar."""
+    """Return the flow matching loss of the critic of `m` on the student's `clips`, a scalar."""
     x, t = clips.latents.detach(), clips.timestep
     return critic_loss(m.critic, x, clips.noise, t, clips.embeds, m.schedule)
 
@@ -376,7 +376,7 @@ def student_step_loss(
     weighting: WeightingConfig,
     cfg: DistillationConfig,
 ) -> tuple[torch.Tensor, Record]:
-    """The loss of the student of `m` on its `clips` by `cfg`, a scalar without the penalty.
+    """Return the loss of the student of `m` on its `clips` by `cfg`, a scalar without the penalty.
 
     `negative_embeds` [1,L,text_dim] is what uncond is conditioned on, None without guidance. The
     record has the loss; with a reward model also the reward by `weighting` that weighs [B], and the
@@ -465,28 +465,28 @@ class DistillationMethod(BaseMethod):
         self.balance = AdaptiveBalance(weighting.balance, *window)
 
     def updates(self, step: int) -> Sequence[str]:
-        """The critic some times, then the student, at every `step`."""
+        """Return the critic some times, then the student, at every `step`."""
         return ("critic",) * self.cfg.critic_steps + ("student",)
 
     def draw(self, batch: int) -> tuple[torch.Generator, list[str], list[int]]:
-        """Generator, prompts and exit steps of micro-batch `batch`."""
+        """Return generator, prompts and exit steps of micro-batch `batch`."""
         return draw_micro_batch(self.cfg, self.prompts, batch)
 
     def roll_out(self, batch: int) -> Clips:
-        """The student's own clips of micro-batch `batch`."""
+        """Return the student's own clips of micro-batch `batch`."""
         return roll_out(self.models, self.cfg, self.draw(batch))
 
     def critic_loss(self, clips: Clips) -> tuple[torch.Tensor, Record]:
-        """The loss of the critic on `clips`, a scalar, and its value for the record."""
+        """Return the loss of the critic on `clips`, a scalar, and its value for the record."""
         loss = critic_step_loss(self.models, clips)
         return loss, {"critic": loss.detach()[None]}
 
     def student_loss(self, clips: Clips) -> tuple[torch.Tensor, Record]:
-        """The loss of the student on `clips`, a scalar, and its values for the record."""
+        """Return the loss of the student on `clips`, a scalar, and its values for the record."""
         return student_step_loss(self.models, clips, self.negative_embeds, self.weighting, self.cfg)
 
     def loss(self, role: str, batch: int) -> tuple[torch.Tensor, Record]:
-        """The scalar loss of `role` on micro-batch `batch`, and values for the record.
+        """Return the scalar loss of `role` on micro-batch `batch`, and values for the record.
 
         Only the student's has a gradient to the student.
         """
@@ -503,14 +503,14 @@ class DistillationMethod(BaseMethod):
         return self.balance.preview({a: record[a] for a in self.models.reward.axes})[1]
 
     def gradient_scale(self, role: str, record: Record) -> float:
-        """exp(-beta balance penalty) of `record` for the `role` student, 1 for others."""
+        """Return exp(-beta balance penalty) of `record` for the `role` student, 1 for others."""
         if role != "student":
             return 1.0
         w = self.weighting
         return math.exp(-w.beta * w.balance * self.penalty(record))
 
     def summary(self, record: Record) -> dict[str, float]:
-        """Means of the `record`, weight of the rollouts, effective sample size, penalty."""
+        """Return means of the `record`, weight of the rollouts, effective sample size, penalty."""
         w, clips = self.weighting, self.cfg.micro_batch_size * self.micro_batches
         weight = torch.ones(clips)
         if "reward" in record:
@@ -530,7 +530,7 @@ class DistillationMethod(BaseMethod):
             self.balance.update({a: record[a] for a in self.models.reward.axes})
 
     def settings(self) -> dict:
-        """Settings, shapes of the networks, number of prompts."""
+        """Return settings, shapes of the networks, number of prompts."""
         return {
             "distillation": asdict(self.cfg),
             "weighting": asdict(self.weighting),
@@ -540,7 +540,7 @@ class DistillationMethod(BaseMethod):
         }
 
     def state_dict(self) -> dict:
-        """The balance window."""
+        """Return the state of the balance window, in types of JSON."""
         return {"balance": self.balance.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
@@ -576,7 +576,7 @@ class DistillationMethod(BaseMethod):
         return m.codec.decode(latents).clamp(0, 1)
 
     def picture(self, number: int) -> torch.Tensor:
-        """A film strip of the clip of prompt `number` as bytes [rows, columns, 3]."""
+        """Return a film strip of the clip of prompt `number` as bytes [rows, columns, 3]."""
         clip = self.sample(number)
         strip = film_strip(clip, max(1, clip.shape[1] // 8))
         return strip.mul(255).round().byte()

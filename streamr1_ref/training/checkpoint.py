@@ -28,7 +28,7 @@ __all__ = ['checksum', 'listed_files', 'damaged_file', 'describe_damage', 'damag
 
 # %% ../../nbs/training/checkpoint.ipynb #be44e6ff
 def checksum(path: Path) -> list[int]:
-    """Size in bytes and CRC-32 of the file `path`."""
+    """Return size in bytes and CRC-32 of the file `path`."""
     crc = 0
     with path.open("rb") as file:
         while part := file.read(1 << 24):
@@ -71,7 +71,7 @@ def describe_damage(
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with `checkpoint`; None if nothing is."""
+    """Return what is wrong with `checkpoint`; None if nothing is."""
     files = listed_files(checkpoint)
     return describe_damage(checkpoint, files, damaged_file(checkpoint, files or {}))
 
@@ -106,7 +106,7 @@ def newest(folder: str | Path, mesh: DeviceMesh | None = None) -> tuple[Path | N
 
 
 def differences(ours: dict, theirs: dict, prefix: str = "") -> list[str]:
-    """Settings that differ between `ours` and `theirs`, as "name: ours, theirs".
+    """Return settings that differ between `ours` and `theirs`, as "name: ours, theirs".
 
     Names in nested dictionaries are joined by dots, after `prefix`.
     """
@@ -121,7 +121,7 @@ def differences(ours: dict, theirs: dict, prefix: str = "") -> list[str]:
 
 # %% ../../nbs/training/checkpoint.ipynb #c34c7c39
 def written_by(name: str) -> int:
-    """Rank of the process that wrote a checkpoint's file `name`.
+    """Return rank of the process that wrote a checkpoint's file `name`.
 
     Shards carry a number, counted from 1; all other files are rank 0's.
     """
@@ -166,7 +166,7 @@ def write_checkpoint(
 
 # %% ../../nbs/training/checkpoint.ipynb #4f909822
 def read_state(checkpoint: Path) -> dict:
-    """What was written into `checkpoint` beside tensors, by name."""
+    """Return what was written into `checkpoint` beside tensors, by name."""
     return json.loads((checkpoint / "state.json").read_text())
 
 
@@ -215,7 +215,7 @@ def fill_state(optimizer: torch.optim.Optimizer) -> None:
 
 # %% ../../nbs/training/checkpoint.ipynb #ef3588ca
 def is_number(value: object) -> bool:
-    """Whether a `value` of an optimizer's state is a number, or a tensor without axes."""
+    """Return whether a `value` of an optimizer's state is a number, or a tensor without axes."""
     return isinstance(value, (int, float)) or isinstance(value, torch.Tensor) and value.ndim == 0
 
 

@@ -28,7 +28,7 @@ __all__ = ['Result', 'restarts', 'start_processes', 'rank_and_world', 'shard', '
 
 # %% ../../nbs/training/distributed.ipynb #f6586732
 def restarts() -> str:
-    """How often torchrun has started these processes again, "0" if it did not."""
+    """Return how often torchrun has started these processes again, "0" if it did not."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
@@ -57,7 +57,7 @@ def start_processes(timeout: float = 60.0) -> DeviceMesh | None:
 
 
 def rank_and_world(mesh: DeviceMesh | None) -> tuple[int, int]:
-    """The number of this process in `mesh` and how many there are: (0, 1) without a mesh."""
+    """Return the number of this process in `mesh` and how many there are: (0, 1) without a mesh."""
     return (0, 1) if mesh is None else (mesh.get_rank(), mesh.size())
 
 # %% ../../nbs/training/distributed.ipynb #7a13247e
@@ -90,7 +90,7 @@ def local(x: torch.Tensor) -> torch.Tensor:
 
 
 def whole(x: torch.Tensor) -> torch.Tensor:
-    """All of a tensor `x` of any shape, sharded or not; every process must ask."""
+    """Return all of a tensor `x` of any shape, sharded or not; every process must ask."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 # %% ../../nbs/training/distributed.ipynb #1e40c452
@@ -104,7 +104,7 @@ def barrier(mesh: DeviceMesh | None) -> None:
 
 
 def anywhere(mesh: DeviceMesh | None, flag: bool) -> bool:
-    """Whether `flag` is true in any process of `mesh`."""
+    """Return whether `flag` is true in any process of `mesh`."""
     if mesh is None:
         return flag
     seen = torch.tensor([float(flag)], device=mesh.device_type)
@@ -128,7 +128,7 @@ def agree(mesh: DeviceMesh | None, compute: Callable[[], Result]) -> Result:
 
 
 def gather_records(mesh: DeviceMesh | None, records: list[Record]) -> list[Record]:
-    """The `records` of all processes of `mesh`, in the order of their micro-batches."""
+    """Return the `records` of all processes of `mesh`, in the order of their micro-batches."""
     if mesh is None:
         return records
     found = []

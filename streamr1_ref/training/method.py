@@ -48,7 +48,7 @@ def join_roles(records: Sequence[tuple[str, Record]]) -> Record:
 
 
 def mean_row(record: Record) -> dict[str, float]:
-    """The mean of every value of a `record`, as plain numbers."""
+    """Return the mean of every value of a `record`, as plain numbers."""
     return {name: values.mean().item() for name, values in record.items()}
 
 # %% ../../nbs/training/method.ipynb #893bd612
@@ -64,10 +64,10 @@ class TrainingMethod(Protocol):
     headline: tuple[str, ...]  # values of a row that the progress bar shows
 
     def updates(self, step: int) -> Sequence[str]:
-        """The roles that are updated in `step`, in order."""
+        """Return the roles that are updated in `step`, in order."""
 
     def loss(self, role: str, batch: int) -> tuple[torch.Tensor, Record]:
-        """The scalar loss of `role` on micro-batch `batch`, and values for the record.
+        """Return the scalar loss of `role` on micro-batch `batch`, and values for the record.
 
         It changes nothing, and every draw follows from `batch`. A FloatingPointError skips the
         step in all processes.
@@ -77,7 +77,7 @@ class TrainingMethod(Protocol):
         """The factor of the gradient of `role`, given the `record` of all its micro-batches."""
 
     def summary(self, record: Record) -> dict[str, float]:
-        """The row of a step from the `record` of all its updates; called before `commit`.
+        """Return the row of a step from the `record` of all its updates; called before `commit`.
 
         `join_roles` says what the values are called.
         """
@@ -86,22 +86,22 @@ class TrainingMethod(Protocol):
         """Take up the `record` of a step that has succeeded; here the method may change."""
 
     def optimizer(self, role: str) -> torch.optim.Optimizer:
-        """A fresh optimizer of parameters of `role`'s network."""
+        """Return a fresh optimizer of parameters of `role`'s network."""
 
     def learning_rate(self, role: str, step: int) -> float:
-        """The factor of the optimizer's base rates for the updates of `role` in `step`."""
+        """Return the factor of the optimizer's base rates for the updates of `role` in `step`."""
 
     def settings(self) -> dict:
-        """What a checkpoint must have been made with, in types of JSON."""
+        """Return what a checkpoint must have been made with, in types of JSON."""
 
     def state_dict(self) -> dict:
-        """The method's own state in types of JSON, without the networks."""
+        """Return the method's own state in types of JSON, without the networks."""
 
     def load_state_dict(self, state: dict) -> None:
         """Go on with a `state` that `state_dict` returned."""
 
     def health(self, rows: Sequence[dict]) -> list[str]:
-        """Warnings about a run with these `rows`; the part before a colon names one."""
+        """Return warnings about a run with these `rows`; the part before a colon names one."""
 
     def check_processes(self, world: int) -> None:
         """Raise ValueError if micro-batches cannot be computed by `world` processes at a time."""
@@ -129,7 +129,7 @@ class OptimizerConfig:
 
 
 def adamw(net: nn.Module, cfg: OptimizerConfig = OptimizerConfig()) -> torch.optim.AdamW:
-    """AdamW with the settings `cfg` for all parameters of `net`."""
+    """Return AdamW with the settings `cfg` for all parameters of `net`."""
     parameters = list(net.parameters())
     fused = parameters[0].is_cuda if cfg.fused is None else cfg.fused
     return torch.optim.AdamW(
@@ -152,49 +152,49 @@ class BaseMethod:
     headline: tuple[str, ...] = ("loss",)
 
     def updates(self, step: int) -> Sequence[str]:
-        """Every role once, in the order of `roles`, whatever the `step`."""
+        """Return every role once, in the order of `roles`, whatever the `step`."""
         return tuple(self.roles)
 
     def loss(self, role: str, batch: int) -> tuple[torch.Tensor, Record]:
-        """The scalar loss of `role` on micro-batch `batch`; here NotImplementedError."""
+        """Return the scalar loss of `role` on micro-batch `batch`; here NotImplementedError."""
         raise NotImplementedError(f"{type(self).__name__}.loss: a method must say what it learns")
 
     def gradient_scale(self, role: str, record: Record) -> float:
-        """1: the gradient of `role` stays as it is, whatever its `record`."""
+        """Return 1: the gradient of `role` stays as it is, whatever its `record`."""
         return 1.0
 
     def summary(self, record: Record) -> dict[str, float]:
-        """The means of all values of the `record`."""
+        """Return the means of all values of the `record`."""
         return mean_row(record)
 
     def commit(self, record: Record) -> None:
-        """Nothing: there is no state that the `record` could change."""
+        """Do nothing: there is no state that the `record` could change."""
 
     def optimizer(self, role: str) -> torch.optim.Optimizer:
-        """AdamW for the network of `role`, with its settings in `optimizers`."""
+        """Return AdamW for the network of `role`, with its settings in `optimizers`."""
         return adamw(self.roles[role], self.optimizers.get(role, OptimizerConfig()))
 
     def learning_rate(self, role: str, step: int) -> float:
-        """1: the base rate of `role` at every `step`."""
+        """Return 1: the base rate of `role` at every `step`."""
         return 1.0
 
     def settings(self) -> dict:
-        """Nothing that a checkpoint would have to agree with."""
+        """Return an empty dict: a checkpoint need not agree with anything."""
         return {}
 
     def state_dict(self) -> dict:
-        """Nothing: no state but the networks'."""
+        """Return an empty dict: there is no state but the networks'."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Nothing: an empty `state` was saved."""
+        """Take up the empty `state` that was saved."""
 
     def health(self, rows: Sequence[dict]) -> list[str]:
-        """A warning if too many of the last `rows` were skipped."""
+        """Return a warning if too many of the last `rows` were skipped."""
         return skipped_warnings(rows)
 
     def check_processes(self, world: int) -> None:
-        """Nothing: any number of processes, `world`, may share the micro-batches."""
+        """Refuse nothing: any number of processes, `world`, may share the micro-batches."""
 
     def picture(self, number: int) -> torch.Tensor:
         """Bytes [rows, columns, 3] of picture `number`; NotImplementedError, there are none."""

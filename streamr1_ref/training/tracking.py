@@ -30,12 +30,12 @@ class Tracker(Protocol):
 
 
 def rounded(row: dict) -> dict:
-    """A `row` with its numbers rounded to six digits behind the point."""
+    """Return a `row` with its numbers rounded to six digits behind the point."""
     return {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
 
 
 def numbers_of(row: dict) -> dict[str, float]:
-    """The numbers of a `row`, without its texts and lists."""
+    """Return the numbers of a `row`, without its texts and lists."""
     return {name: v for name, v in row.items() if isinstance(v, (int, float))}
 
 
@@ -69,11 +69,11 @@ class JsonLines:
             file.write(json.dumps({"step": step, **rounded(row)}) + "\n")
 
     def close(self) -> None:
-        """Nothing: every row is on disk."""
+        """Do nothing: every row is on disk."""
 
 # %% ../../nbs/training/tracking.ipynb #876e96e5
 def optional(module: str, name: str) -> ModuleType:
-    """The module called `module`; ValueError says how to install `name` if it is missing."""
+    """Return the module called `module`; ValueError says how to install `name` if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -107,7 +107,7 @@ def clip_gradient(
 
 
 def held_parameters(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """Those parameters of `net`, in its order, that `optimizer` updates."""
+    """Return those parameters of `net`, in its order, that `optimizer` updates."""
     held = {p for group in optimizer.param_groups for p in group["params"]}
     return [p for p in net.parameters() if p in held]
 
@@ -196,7 +196,7 @@ class Trainer:
         self.update_count = sum(len(check_updates(self.method, s)) for s in range(step))
 
     def update(self, role: str, number: int) -> tuple[Record, float]:
-        """One optimizer step of `role` on the mean gradient of its micro-batches.
+        """Take one optimizer step of `role` on the mean gradient of its micro-batches.
 
         `number` counts the updates of the run. Returns the record of all processes and the norm of
         the gradient before it was clipped. FloatingPointError, with the weights untouched, if
@@ -222,7 +222,7 @@ class Trainer:
         return record, norm
 
     def step(self) -> dict[str, float]:
-        """All updates of one step; returns its row of numbers, or why it was skipped.
+        """Make all updates of one step; return its row of numbers, or why it was skipped.
 
         The method commits the step's record only if every update has succeeded.
         """
@@ -243,7 +243,7 @@ class Trainer:
         return row
 
     def advance(self) -> dict[str, float]:
-        """One step, then the EMA; returns the step's row.
+        """Take one step, then update the EMA; return the step's row.
 
         FloatingPointError if weights are not finite any more, or after `max_skipped` skipped steps
         in a row.
@@ -292,11 +292,11 @@ class Trainer:
                 p.copy_(old)
 
     def weights(self, role: str) -> dict[str, torch.Tensor]:
-        """The EMA of `role` by name, each of any shape, whole, on the CPU; all must ask."""
+        """Return the EMA of `role` by name, each of any shape, whole, on the CPU; all must ask."""
         return {name: whole(t).cpu() for name, t in self.ema[role].items()}
 
     def pictures(self) -> torch.Tensor:
-        """The method's pictures below each other, made by the EMA: bytes [rows, columns, 3].
+        """Return the method's pictures below each other, made by the EMA: bytes [rows, columns, 3].
 
         Processes take turns, and all get the same result. Where they cannot share evenly, the last
         picture is made more than once, because all must call a sharded network equally often.
@@ -317,7 +317,7 @@ class Trainer:
         return made[:count].flatten(0, 1)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors that the next step depends on, of any shape, by name; not copies."""
+        """Return all tensors that the next step depends on, of any shape, by name; not copies."""
         found = {}
         for role, net in self.method.roles.items():
             found |= {f"{role}.{name}": t for name, t in net.state_dict().items()}
@@ -327,7 +327,7 @@ class Trainer:
         return found
 
     def settings(self) -> dict:
-        """What a checkpoint must have been made with, in types of JSON."""
+        """Return what a checkpoint must have been made with, in types of JSON."""
         ours = {name: getattr(self.cfg, name) for name in ("ema", "ema_start", "ema_warmup")}
         own = {"method": type(self.method).__name__, **self.method.settings()}
         return json.loads(json.dumps(own | ours))
@@ -420,7 +420,7 @@ class Trainer:
             Image.fromarray(made.numpy()).save(path)
 
     def train(self, progress: bool = True, label: str = "training") -> list[dict]:
-        """All steps that are left; returns the rows of the run.
+        """Take all steps that are left; return the rows of the run.
 
         `progress` shows a bar called `label`. After Ctrl-C or SIGTERM the step is finished and
         saved; then KeyboardInterrupt(name of the signal, checkpoint).
